@@ -1,0 +1,131 @@
+package encap
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// recvSlots messages are received at once. A UDP_GRO message carries up to
+	// 64 datagrams.
+	recvSlots = 16
+	slotLen   = 65536
+	// slotStride keeps the first lines of all slots from falling into the same
+	// cache sets, as a power of two would.
+	slotStride = slotLen + 1152
+	recvCtrl   = 64
+)
+
+// ErrClosed is returned by Recv after Shutdown or Close.
+var ErrClosed = errors.New("encap: socket is closed")
+
+// Message is one received buffer: a datagram, or several of one sender that
+// the kernel merged.
+type Message struct {
+	// Data is borrowed until the next Recv into the batch. The receiver may
+	// write to it.
+	Data []byte
+	// Source is the sender's IPv4 address, host byte order.
+	Source uint32
+	// SegmentLen is the length in bytes of each datagram in Data but the last,
+	// which may be shorter. It is 0 when Data is one datagram.
+	SegmentLen int
+	// TOS is the outer type of service.
+	TOS uint8
+}
+
+// RecvBatch holds the buffers of one recvmmsg. It belongs to one goroutine.
+type RecvBatch struct {
+	slab []byte // mapped, not Go heap
+	hdrs [recvSlots]mmsghdr
+	iovs [recvSlots]unix.Iovec
+	srcs [recvSlots]rawSockaddr
+	ctrl [recvSlots][recvCtrl]byte
+	used int
+}
+
+// NewRecvBatch maps the buffers; Free unmaps them.
+func NewRecvBatch() (*RecvBatch, error) {
+	slab, err := unix.Mmap(-1, 0, recvSlots*slotStride, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return nil, fmt.Errorf("encap: map receive buffers: %w", err)
+	}
+	b := &RecvBatch{slab: slab, used: recvSlots}
+	for i := range recvSlots {
+		b.iovs[i] = unix.Iovec{Base: &slab[i*slotStride], Len: slotLen}
+		h := &b.hdrs[i].hdr
+		h.Name = (*byte)(unsafe.Pointer(&b.srcs[i]))
+		h.Iov, h.Iovlen = &b.iovs[i], 1
+		h.Control = &b.ctrl[i][0]
+	}
+	return b, nil
+}
+
+// Free unmaps the buffers. The batch and every Message of it are dead then.
+func (b *RecvBatch) Free() error {
+	if b.slab == nil {
+		return nil
+	}
+	err := unix.Munmap(b.slab)
+	b.slab = nil
+	return err
+}
+
+// Recv blocks until at least one message is there and returns how many came.
+// It returns ErrClosed after Shutdown; any other error is permanent.
+func (s *Socket) Recv(b *RecvBatch) (int, error) {
+	for {
+		for i := range b.used {
+			h := &b.hdrs[i].hdr
+			h.Namelen = unix.SizeofSockaddrInet4
+			h.SetControllen(recvCtrl)
+		}
+		n, _, e := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&b.hdrs[0])), recvSlots, unix.MSG_WAITFORONE, 0, 0)
+		switch {
+		case s.closing.Load():
+			// A woken call may claim messages of length 0: only the flag counts.
+			return 0, ErrClosed
+		case e == 0:
+			b.used = int(n)
+			return int(n), nil
+		case e == unix.EINTR || e == unix.EAGAIN || e == unix.ECONNREFUSED || e == unix.ENOMEM || e == unix.ENOBUFS:
+			// ECONNREFUSED is the ICMP answer to some earlier send: nobody's here.
+			b.used = recvSlots
+		default:
+			return 0, fmt.Errorf("encap: receive: %w", e)
+		}
+	}
+}
+
+// Message returns message i of the last Recv.
+func (b *RecvBatch) Message(i int) Message {
+	h := &b.hdrs[i]
+	m := Message{
+		Data:   b.slab[i*slotStride:][:h.len:h.len],
+		Source: binary.BigEndian.Uint32(b.srcs[i].Addr[:]),
+	}
+	ctrl := b.ctrl[i][:min(int(h.hdr.Controllen), recvCtrl)]
+	for len(ctrl) >= unix.SizeofCmsghdr {
+		cm := (*unix.Cmsghdr)(unsafe.Pointer(&ctrl[0]))
+		size := int(cm.Len)
+		if size < unix.SizeofCmsghdr || size > len(ctrl) {
+			break
+		}
+		data := ctrl[unix.SizeofCmsghdr:size]
+		switch {
+		case cm.Level == unix.IPPROTO_UDP && cm.Type == unix.UDP_GRO && len(data) >= 4:
+			m.SegmentLen = int(*(*int32)(unsafe.Pointer(&data[0])))
+		case cm.Level == unix.IPPROTO_IP && cm.Type == unix.IP_TOS && len(data) >= 1:
+			m.TOS = data[0]
+		}
+		ctrl = ctrl[min(unix.CmsgSpace(size-unix.SizeofCmsghdr), len(ctrl)):]
+	}
+	if m.SegmentLen <= 0 || m.SegmentLen >= len(m.Data) {
+		m.SegmentLen = 0
+	}
+	return m
+}

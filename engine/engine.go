@@ -1,0 +1,277 @@
+// Package engine is the data plane: it wires the queues of a TUN device to
+// batched UDP sockets through a table of peers, and keeps the ledger of what
+// became of every packet.
+//
+//	transmit worker i:  queue i -> table -> prefix -> sendmmsg
+//	receive worker i:   recvmmsg -> checks -> coalescer -> queue i
+//
+// A worker is one locked thread that runs to completion: between reading and
+// sending there is no channel, lock, allocation or log line. The engine is fed
+// complete snapshots and never sees etcd. While nobody applies a new snapshot,
+// it goes on with the last one.
+package engine
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"tweed/encap"
+	"tweed/engine/table"
+	"tweed/tun"
+)
+
+// Listen is one framing and the address its sockets are bound to.
+type Listen struct {
+	Framing encap.Framing
+	// Addr is the underlay address and UDP port. An unspecified address
+	// (0.0.0.0) receives on every interface.
+	Addr netip.AddrPort
+}
+
+// Config is what an Engine is made of. All of it is fixed for its lifetime.
+type Config struct {
+	// Device is the opened TUN device; one worker pair serves each of its queues.
+	Device *tun.Device
+	// MTU is the device's MTU in bytes.
+	MTU int
+	// Listen has one entry for each framing to receive. The udp framing is
+	// sent from its listening port, as flannel does; a node that does not
+	// listen for it sends it from a port of the kernel's choice.
+	Listen []Listen
+	// Source is the underlay address outgoing datagrams carry.
+	Source netip.Addr
+	// Log receives rare events only, never one per packet. Nil means slog.Default.
+	Log *slog.Logger
+}
+
+// Snapshot is the complete state of the overlay at one revision.
+type Snapshot struct {
+	Revision int64
+	Local    table.Local
+	Peers    []table.Peer
+}
+
+// view is a snapshot in the form the workers read.
+type view struct {
+	snapshot Snapshot
+	table    *table.Table
+	// base and mask are our subnet, addr the TUN's address, host byte order.
+	base, mask, addr uint32
+	vxlan            encap.VXLANReceiver
+}
+
+// Engine forwards packets. Its methods are safe for concurrent use, but Start
+// and Close may each be called once.
+type Engine struct {
+	cfg  Config
+	log  *slog.Logger
+	view atomic.Pointer[view]
+	// apply serialises Apply, which reads the view it replaces.
+	apply sync.Mutex
+
+	sockets []*encap.Socket // all of them
+	tx      []*txWorker
+	rx      []*rxWorker
+	running sync.WaitGroup
+	failed  chan error
+	closing atomic.Bool
+}
+
+// New opens the sockets and prepares the workers. The error of a port in use,
+// a foreign address or a missing permission names the address.
+func New(cfg Config) (*Engine, error) {
+	e := &Engine{cfg: cfg, log: cfg.Log, failed: make(chan error, 1)}
+	if e.log == nil {
+		e.log = slog.Default()
+	}
+	e.view.Store(&view{})
+	if err := e.open(); err != nil {
+		e.free()
+		return nil, err
+	}
+	return e, nil
+}
+
+// open makes a transmit worker and one receive worker a framing for each queue.
+func (e *Engine) open() error {
+	queues := e.cfg.Device.Queues()
+	shared := len(queues) > 1
+	listen := append([]Listen(nil), e.cfg.Listen...)
+	for i := range listen {
+		if shared {
+			// SO_REUSEPORT would let us share the port of another program of
+			// the same user, so see first that it is free.
+			if err := e.probe(&listen[i]); err != nil {
+				return err
+			}
+		}
+	}
+	for _, q := range queues {
+		var udp *encap.Socket
+		for i, l := range listen {
+			s, err := e.socket(encap.SocketConfig{Addr: l.Addr, Shared: shared})
+			if err != nil {
+				return err
+			}
+			if l.Addr.Port() == 0 {
+				a, err := s.LocalAddr()
+				if err != nil {
+					return err
+				}
+				listen[i].Addr = a
+			}
+			if l.Framing == encap.FramingUDP {
+				udp = s
+			}
+			w, err := newRxWorker(e, l.Framing, s, q)
+			if err != nil {
+				return err
+			}
+			e.rx = append(e.rx, w)
+		}
+		w, err := newTxWorker(e, q, udp)
+		if err != nil {
+			return err
+		}
+		e.tx = append(e.tx, w)
+	}
+	e.cfg.Listen = listen
+	return nil
+}
+
+// probe binds the address alone for a moment, and settles port 0.
+func (e *Engine) probe(l *Listen) error {
+	s, err := encap.Listen(encap.SocketConfig{Addr: l.Addr})
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	l.Addr, err = s.LocalAddr()
+	return err
+}
+
+func (e *Engine) socket(cfg encap.SocketConfig) (*encap.Socket, error) {
+	cfg.Offload = e.cfg.Device.Offload() != tun.OffloadNone
+	s, err := encap.Listen(cfg)
+	if err == nil {
+		e.sockets = append(e.sockets, s)
+	}
+	return s, err
+}
+
+// Listening returns the framings received and the addresses they are bound to.
+func (e *Engine) Listening() []Listen { return e.cfg.Listen }
+
+// Apply makes s the snapshot in force. When s is refused, the last one stays.
+func (e *Engine) Apply(s Snapshot) error {
+	e.apply.Lock()
+	defer e.apply.Unlock()
+	if !s.Local.Subnet.Addr().Is4() || !s.Local.Addr.Is4() {
+		return fmt.Errorf("engine: own subnet %v and address %v: expected IPv4", s.Local.Subnet, s.Local.Addr)
+	}
+	t, err := table.Build(s.Local, s.Peers, e.view.Load().table)
+	if err != nil {
+		return fmt.Errorf("engine: snapshot %d: %w", s.Revision, err)
+	}
+	e.view.Store(&view{
+		snapshot: s,
+		table:    t,
+		base:     addrBits(s.Local.Subnet.Masked().Addr()),
+		mask:     ^uint32(uint64(1)<<(32-s.Local.Subnet.Bits()) - 1),
+		addr:     addrBits(s.Local.Addr),
+		vxlan:    encap.NewVXLANReceiver(s.Local.VNI, s.Local.MAC),
+	})
+	return nil
+}
+
+// Snapshot returns the snapshot in force. The caller must not change its peers.
+func (e *Engine) Snapshot() Snapshot { return e.view.Load().snapshot }
+
+// Table returns the table in force.
+func (e *Engine) Table() *table.Table { return e.view.Load().table }
+
+// Lookup returns the peer a packet to addr is sent to.
+func (e *Engine) Lookup(addr netip.Addr) (table.Peer, bool) {
+	if !addr.Is4() {
+		return table.Peer{}, false
+	}
+	if p := e.view.Load().table.Lookup(addrBits(addr)); p != nil {
+		return p.Peer, true
+	}
+	return table.Peer{}, false
+}
+
+// Start starts the workers.
+func (e *Engine) Start() error {
+	// Each worker occupies a thread, mostly inside a system call. With fewer
+	// processors than that, a packet waits until the scheduler notices.
+	if need := len(e.tx) + len(e.rx) + 2; runtime.GOMAXPROCS(0) < need {
+		runtime.GOMAXPROCS(need)
+	}
+	for _, w := range e.tx {
+		e.work(w.run)
+	}
+	for _, w := range e.rx {
+		e.work(w.run)
+	}
+	return nil
+}
+
+func (e *Engine) work(run func() error) {
+	e.running.Go(func() {
+		runtime.LockOSThread()
+		err := run()
+		if err == nil || e.closing.Load() || errors.Is(err, tun.ErrClosed) || errors.Is(err, encap.ErrClosed) {
+			return
+		}
+		select {
+		case e.failed <- err:
+		default:
+		}
+	})
+}
+
+// Failed delivers the error of the first worker that had to stop, such as
+// tun.ErrGone. The engine forwards nothing useful after that and should be
+// closed and made anew.
+func (e *Engine) Failed() <-chan error { return e.failed }
+
+// Close stops the workers and closes the sockets. The device stays open, but
+// its queues have been woken and cannot be read again.
+func (e *Engine) Close() error {
+	e.closing.Store(true)
+	for _, w := range e.tx {
+		w.queue.Wake()
+	}
+	for _, w := range e.rx {
+		w.sock.Shutdown()
+	}
+	e.running.Wait()
+	return e.free()
+}
+
+func (e *Engine) free() error {
+	var errs []error
+	for _, w := range e.tx {
+		errs = append(errs, w.batch.Free())
+	}
+	for _, w := range e.rx {
+		errs = append(errs, w.batch.Free())
+	}
+	for _, s := range e.sockets {
+		errs = append(errs, s.Close())
+	}
+	e.tx, e.rx, e.sockets = nil, nil, nil
+	return errors.Join(errs...)
+}
+
+func addrBits(a netip.Addr) uint32 {
+	b := a.As4()
+	return binary.BigEndian.Uint32(b[:])
+}

@@ -1,0 +1,191 @@
+package engine
+
+import (
+	"encoding/binary"
+	"fmt"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"tweed/encap"
+	"tweed/tun"
+)
+
+// rxWorker carries datagrams from one socket to one queue.
+type rxWorker struct {
+	engine  *Engine
+	framing encap.Framing
+	prefix  int
+	sock    *encap.Socket
+	batch   *encap.RecvBatch
+	merge   *tun.Coalescer
+	writer  *tun.Writer
+
+	// source and known remember the verdict on the last outer source.
+	source uint32
+	known  bool
+	seen   *view
+
+	tally   tally
+	ledger  ledger
+	batches atomic.Uint64
+}
+
+func newRxWorker(e *Engine, f encap.Framing, s *encap.Socket, q *tun.Queue) (*rxWorker, error) {
+	b, err := encap.NewRecvBatch()
+	if err != nil {
+		return nil, err
+	}
+	return &rxWorker{
+		engine: e, framing: f, prefix: f.PrefixLen(), sock: s, batch: b,
+		merge:  tun.NewCoalescer(e.cfg.MTU, e.cfg.Device.Offload()),
+		writer: tun.NewWriter(q),
+	}, nil
+}
+
+func (w *rxWorker) run() error {
+	yielded := time.Now()
+	for {
+		n, err := w.sock.Recv(w.batch)
+		if err != nil {
+			return fmt.Errorf("engine: receive: %w", err)
+		}
+		w.round(n)
+		if now := time.Now(); now.Sub(yielded) > yieldEvery {
+			yielded = now
+			runtime.Gosched()
+		}
+	}
+}
+
+// round delivers the n messages of the last Recv.
+func (w *rxWorker) round(n int) {
+	v := w.engine.view.Load()
+	if v != w.seen {
+		w.seen, w.known = v, v.table.HasAddr(w.source)
+	}
+	for i := range n {
+		m := w.batch.Message(i)
+		w.message(v, &m)
+	}
+	w.flush()
+	w.ledger.publish(&w.tally)
+	w.batches.Add(1)
+}
+
+func (w *rxWorker) message(v *view, m *encap.Message) {
+	if m.Source != w.source {
+		w.source, w.known = m.Source, v.table.HasAddr(m.Source)
+	}
+	if m.SegmentLen == 0 || w.whole(m.Data) {
+		w.datagram(v, m, m.Data)
+		return
+	}
+	for data := m.Data; len(data) > 0; {
+		n := min(m.SegmentLen, len(data))
+		d := data[:n:n]
+		data = data[n:]
+		w.datagram(v, &encap.Message{Source: m.Source, TOS: m.TOS}, d)
+	}
+}
+
+// whole reports whether data is one frame although the kernel calls it merged:
+// a kernel vxlan device on a virtual link hands over its super-packets
+// unsegmented, and for inner UDP it then reports the inner segment size.
+func (w *rxWorker) whole(data []byte) bool {
+	return len(data) >= w.prefix+20 && w.prefix+int(binary.BigEndian.Uint16(data[w.prefix+2:])) == len(data)
+}
+
+// datagram checks one datagram and adds its packet to the coalescer.
+func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) {
+	w.tally.Packets++
+	w.tally.Bytes += uint64(max(len(data)-w.prefix, 0))
+	pkt, reason, ok := w.check(v, m, data)
+	if !ok {
+		w.tally.drop(reason, 1)
+		return
+	}
+	if !w.merge.Room() {
+		w.flush()
+	}
+	w.merge.Add(pkt, m.SegmentLen)
+}
+
+// check applies the receive rules, the cheapest first, and returns the inner
+// packet without padding.
+func (w *rxWorker) check(v *view, m *encap.Message, data []byte) (pkt []byte, reason Reason, ok bool) {
+	if len(data) < w.prefix+20 {
+		return nil, RxTruncated, false
+	}
+	if !w.known {
+		return nil, RxUnknownSource, false
+	}
+	if w.framing == encap.FramingVXLAN {
+		if verdict := v.vxlan.Check(data); verdict != encap.OK {
+			return nil, verdictReasons[verdict], false
+		}
+		data = data[encap.MaxPrefixLen:]
+	}
+	ihl, total := int(data[0]&0xf)*4, int(binary.BigEndian.Uint16(data[2:]))
+	switch {
+	case data[0]>>4 != 4:
+		return nil, RxNotIPv4, false
+	case ihl < 20 || ihl > len(data):
+		return nil, RxBadIHL, false
+	case total < ihl || total > len(data):
+		return nil, RxBadLength, false
+	case data[8] == 0:
+		return nil, RxTTLZero, false
+	}
+	src := binary.BigEndian.Uint32(data[12:])
+	if martian(src) || src&v.mask == v.base {
+		return nil, RxMartian, false
+	}
+	if e := v.table.Lookup(src); e == nil || e.Addr != m.Source {
+		return nil, RxSpoofedSource, false
+	}
+	if binary.BigEndian.Uint32(data[16:])&v.mask != v.base {
+		return nil, RxNotForUs, false
+	}
+	if m.TOS&3 == ecnCE {
+		switch data[1] & 3 {
+		case ecnNone:
+			return nil, RxECN, false
+		case ecnCE:
+		default:
+			tun.SetECN(data, ecnCE)
+		}
+	}
+	return data[:total:total], 0, true
+}
+
+// ECN codepoints (RFC 3168 section 5).
+const (
+	ecnNone = 0
+	ecnCE   = 3
+)
+
+var verdictReasons = [...]Reason{
+	encap.Short:    RxTruncated,
+	encap.BadFlags: RxBadVXLANFlags,
+	encap.WrongVNI: RxWrongVNI,
+	encap.WrongMAC: RxWrongMAC,
+	encap.NotIPv4:  RxNotIPv4,
+}
+
+// martian reports whether a can never be a source: 0/8, 127/8, 224/4 and 240/4.
+func martian(a uint32) bool {
+	top := a >> 24
+	return top == 0 || top == 127 || top >= 224
+}
+
+// flush writes what the coalescer holds and enters the outcome.
+func (w *rxWorker) flush() {
+	var res tun.Written
+	w.writer.Flush(w.merge, &res, nil)
+	w.tally.Delivered += res.Packets
+	w.tally.DeliveredBytes += res.Bytes
+	if res.Failed > 0 {
+		w.tally.drop(RxTUNError, res.Failed)
+	}
+}

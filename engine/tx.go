@@ -1,0 +1,260 @@
+package engine
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"tweed/encap"
+	"tweed/engine/table"
+	"tweed/tun"
+)
+
+const (
+	// vxlanSources is how many source ports a worker spreads vxlan flows over,
+	// a power of two: the underlay and the receiver balance by them.
+	vxlanSources = 4
+	// headerSlab holds the headers of the segments of one send.
+	headerSlab = 64 << 10
+	// yieldEvery is how often a worker gives up its processor. A goroutine that
+	// never does is preempted in every system call after 10 ms (sysmon).
+	yieldEvery = 5 * time.Millisecond
+)
+
+// out is a socket and the batch it will send. All peers of an out have the
+// same framing.
+type out struct {
+	sock      *encap.Socket
+	batch     *encap.SendBatch
+	prefixLen uint64
+}
+
+// txWorker carries packets from one queue to the sockets.
+type txWorker struct {
+	engine *Engine
+	queue  *tun.Queue
+	batch  *tun.ReadBatch
+	split  tun.Splitter
+	outs   [1 + vxlanSources]out // 0: udp framing
+	hdrs   []byte
+	hdrPos int
+
+	tally   tally
+	ledger  ledger
+	icmp    icmpSender
+	batches atomic.Uint64
+	result  encap.SendResult
+}
+
+func newTxWorker(e *Engine, q *tun.Queue, udp *encap.Socket) (*txWorker, error) {
+	w := &txWorker{engine: e, queue: q, hdrs: make([]byte, headerSlab)}
+	for i := range w.outs {
+		s := udp
+		if i > 0 || udp == nil {
+			var err error
+			s, err = e.socket(encap.SocketConfig{Addr: netip.AddrPortFrom(e.cfg.Source, 0), SendOnly: true})
+			if err != nil {
+				return nil, err
+			}
+		}
+		o := out{sock: s, batch: encap.NewSendBatch()}
+		if i > 0 {
+			o.prefixLen = uint64(encap.FramingVXLAN.PrefixLen())
+		}
+		o.batch.Reset(s)
+		w.outs[i] = o
+	}
+	var err error
+	if w.batch, err = tun.NewReadBatch(); err != nil {
+		return nil, err
+	}
+	w.icmp.init(q)
+	return w, nil
+}
+
+func (w *txWorker) run() error {
+	yielded := time.Now()
+	for {
+		if err := w.queue.Read(w.batch); err != nil {
+			return fmt.Errorf("engine: transmit: %w", err)
+		}
+		w.round()
+		if now := time.Now(); now.Sub(yielded) > yieldEvery {
+			yielded = now
+			runtime.Gosched()
+		}
+	}
+}
+
+// round sends what the last Read brought.
+func (w *txWorker) round() {
+	v := w.engine.view.Load()
+	packets := w.batch.Packets()
+	for i := range packets {
+		w.packet(v, &packets[i])
+	}
+	w.send()
+	w.hdrPos = 0
+	w.ledger.publish(&w.tally)
+	w.batches.Add(1)
+}
+
+// packet checks one packet and adds its segments to a batch.
+func (w *txWorker) packet(v *view, p *tun.Packet) {
+	room := w.batch.Bytes(p, tun.Headroom)
+	ip := room[tun.Headroom:]
+	segments, bytes := uint64(1), uint64(len(ip))
+	super := p.Super()
+	if super {
+		if err := w.split.Start(ip, &p.Header); err != nil {
+			w.tally.Packets++
+			w.tally.Bytes += bytes
+			w.tally.drop(TxMalformed, 1)
+			return
+		}
+		segments = uint64(w.split.Count())
+		bytes += (segments - 1) * uint64(w.split.HeaderLen())
+	}
+	w.tally.Packets += segments
+	w.tally.Bytes += bytes
+	e, reason := w.route(v, ip, super)
+	if e == nil {
+		w.tally.drop(reason, segments)
+		return
+	}
+	if super {
+		w.splitTo(e, room)
+		return
+	}
+	if p.Partial() && !(e.PartialChecksums && p.Elidable(ip)) && !p.Complete(ip) {
+		w.tally.drop(TxMalformed, 1)
+		return
+	}
+	head := room[tun.Headroom-e.PrefixLen:]
+	copy(head, e.Prefix[:e.PrefixLen])
+	w.add(w.outOf(e, ip), e, ip[1]&3, head, nil)
+}
+
+// route finds the peer of a packet, or the reason there is none, and answers
+// the sender where it is due. It decrements the TTL as flannel's proxy does.
+func (w *txWorker) route(v *view, ip []byte, super bool) (*table.Entry, Reason) {
+	if len(ip) < 20 || ip[0]>>4 != 4 {
+		if len(ip) > 0 && ip[0]>>4 != 4 {
+			return nil, TxNotIPv4
+		}
+		return nil, TxMalformed
+	}
+	ihl, total := int(ip[0]&0xf)*4, int(binary.BigEndian.Uint16(ip[2:]))
+	if ihl < 20 || total < ihl || total > len(ip) {
+		return nil, TxMalformed
+	}
+	e := v.table.Lookup(binary.BigEndian.Uint32(ip[16:]))
+	if e == nil {
+		w.icmp.send(v.addr, ip, icmpNetUnreachable, 0)
+		return nil, TxNoRoute
+	}
+	lowest := byte(1)
+	if e.Framing == encap.FramingUDP {
+		lowest = 2
+	}
+	if ip[8] < lowest {
+		w.icmp.send(v.addr, ip, icmpTimeExceeded, 0)
+		return nil, TxTTLExpired
+	}
+	if e.MTU > 0 && ip[6]&0x40 != 0 {
+		size := len(ip)
+		if super {
+			size = min(size, w.split.SegmentLen())
+		}
+		if size > e.MTU {
+			w.icmp.send(v.addr, ip, icmpFragNeeded, uint16(e.MTU))
+			return nil, TxTooBig
+		}
+	}
+	if e.Framing == encap.FramingUDP {
+		tun.DecrementTTL(ip)
+	}
+	return e, 0
+}
+
+// splitTo adds the segments of the super-packet the splitter was started with;
+// room is the packet with its headroom.
+func (w *txWorker) splitTo(e *table.Entry, room []byte) {
+	ip := room[tun.Headroom:]
+	o, ecn := w.outOf(e, ip), ip[1]&3
+	w.split.Begin(ip, e.PartialChecksums)
+	hl := w.split.HeaderLen()
+	need := e.PrefixLen + hl
+
+	// The first segment stays where it is: its headers are rewritten in place
+	// and its payload follows them.
+	first, _ := w.split.Next(ip[:hl])
+	head := room[tun.Headroom-e.PrefixLen : tun.Headroom+hl+len(first)]
+	copy(head, e.Prefix[:e.PrefixLen])
+	w.add(o, e, ecn, head, nil)
+	for {
+		if w.hdrPos+need > len(w.hdrs) {
+			w.send()
+			w.hdrPos = 0
+		}
+		head := w.hdrs[w.hdrPos : w.hdrPos+need]
+		payload, ok := w.split.Next(head[e.PrefixLen:])
+		if !ok {
+			return
+		}
+		copy(head, e.Prefix[:e.PrefixLen])
+		w.hdrPos += need
+		w.add(o, e, ecn, head, payload)
+	}
+}
+
+func (w *txWorker) add(o *out, e *table.Entry, ecn uint8, head, tail []byte) {
+	if !o.batch.Add(e.Dest, ecn, head, tail) {
+		w.send()
+		o.batch.Add(e.Dest, ecn, head, tail)
+	}
+}
+
+// outOf chooses the socket. A flow always leaves from the same source port.
+func (w *txWorker) outOf(e *table.Entry, ip []byte) *out {
+	if e.Framing != encap.FramingVXLAN {
+		return &w.outs[0]
+	}
+	h := binary.BigEndian.Uint32(ip[12:]) ^ binary.BigEndian.Uint32(ip[16:])
+	// Ports exist in the first fragment only, so fragments hash without them.
+	if ihl := int(ip[0]&0xf) * 4; (ip[9] == 6 || ip[9] == 17) && binary.BigEndian.Uint16(ip[6:])&0x3fff == 0 && len(ip) >= ihl+4 {
+		h ^= binary.BigEndian.Uint32(ip[ihl:])
+	}
+	h *= 0x9e3779b1
+	return &w.outs[1+h>>30]
+}
+
+// send hands every batch to the kernel and enters the outcome.
+func (w *txWorker) send() {
+	for i := range w.outs {
+		o := &w.outs[i]
+		if o.batch.Len() == 0 {
+			continue
+		}
+		w.result = encap.SendResult{}
+		o.sock.Send(o.batch, &w.result)
+		w.tally.Delivered += w.result.Sent.Segments
+		w.tally.DeliveredBytes += w.result.Sent.Bytes - w.result.Sent.Segments*o.prefixLen
+		for class, c := range w.result.Failed {
+			if c.Segments > 0 {
+				w.tally.drop(sendReasons[class], c.Segments)
+			}
+		}
+	}
+}
+
+var sendReasons = [encap.NumSendErrors]Reason{
+	encap.SendOther:       TxSendError,
+	encap.SendRefused:     TxRefused,
+	encap.SendUnreachable: TxUnreachable,
+	encap.SendNoBuffer:    TxNoBuffer,
+	encap.SendTooBig:      TxTooBig,
+}

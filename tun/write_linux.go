@@ -1,0 +1,142 @@
+package tun
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Written says what became of the packets of a Flush. Packets and Bytes count
+// what was added, so a merged item counts as the packets it was made of.
+type Written struct {
+	Packets, Bytes uint64
+	// Failed counts packets the device refused: it is down, gone or short of
+	// memory.
+	Failed, FailedBytes uint64
+	// Writes is the number of system calls.
+	Writes uint64
+}
+
+// Writer writes items of a Coalescer to a Queue. It belongs to one goroutine.
+type Writer struct {
+	queue *Queue
+	iovs  [1 + maxParts]unix.Iovec
+	hdr   [vnetHdrLen]byte
+}
+
+// NewWriter returns a Writer for the queue.
+func NewWriter(q *Queue) *Writer { return &Writer{queue: q} }
+
+// Flush writes everything added to the coalescer, in the order of the items'
+// first packets, and empties it. refused, which may be nil, is called with each
+// packet (or merged packet) the device did not take.
+func (w *Writer) Flush(c *Coalescer, res *Written, refused func(pkt []byte)) {
+	for i := range c.n {
+		it := &c.items[i]
+		n, bytes := uint64(it.parts), uint64(it.total+(it.parts-1)*int(it.hl))
+		switch {
+		case it.parts > 1 && w.queue.noGSO.Load():
+			w.flushParts(c, it, res, refused)
+		case w.item(c, it, res):
+			res.Packets += n
+			res.Bytes += bytes
+		case it.parts > 1 && w.queue.noGSO.Load():
+			w.flushParts(c, it, res, refused)
+		default:
+			res.Failed += n
+			res.FailedBytes += bytes
+			if refused != nil {
+				refused(it.pkt)
+			}
+		}
+	}
+	if c.n > 0 {
+		clear(c.buckets[:])
+		c.n, c.nparts = 0, 0
+	}
+}
+
+// item writes one item. It reports false when the device refused it, and turns
+// super-packets off when it refused it for being one.
+func (w *Writer) item(c *Coalescer, it *item, res *Written) bool {
+	var h vnetHdr
+	it.header(&h)
+	n := w.start(&h, it.pkt)
+	for p := it.head; p >= 0; p = c.parts[p].next {
+		w.iovs[n].Base = unsafe.SliceData(c.parts[p].payload)
+		w.iovs[n].Len = uint64(len(c.parts[p].payload))
+		n++
+	}
+	res.Writes++
+	e := w.queue.writev(w.queue.fd, w.iovs[:n])
+	if e == unix.EINVAL && it.parts > 1 {
+		// Some kernels refuse coalesced writes (e269d79c7d35 and its backports,
+		// until 89add40066f9); the packets themselves are good.
+		w.queue.noGSO.Store(true)
+	}
+	return e == 0
+}
+
+func (w *Writer) start(h *vnetHdr, pkt []byte) int {
+	h.encode(w.hdr[:])
+	w.iovs[0].Base, w.iovs[0].Len = &w.hdr[0], vnetHdrLen
+	w.iovs[1].Base, w.iovs[1].Len = unsafe.SliceData(pkt), uint64(len(pkt))
+	return 2
+}
+
+// flushParts writes the packets of a merged item one by one. Each still has its
+// own headers in front of its payload, but for the first, whose headers were
+// rewritten.
+func (w *Writer) flushParts(c *Coalescer, it *item, res *Written, refused func(pkt []byte)) {
+	first := it.pkt
+	l4 := first[it.ihl:]
+	put16(first[2:], uint16(len(first)))
+	putIPChecksum(first, int(it.ihl))
+	off := uint16(tcpCsumOff)
+	if it.proto == protoUDP {
+		off = udpCsumOff
+		put16(l4[4:], uint16(len(l4)))
+	} else if it.parts > 1 {
+		l4[13] &^= flagPSH // only the last packet of an item may carry it
+	}
+	put16(l4[off:], Fold(pseudoSum(first, it.proto, len(l4))))
+
+	pkt := first
+	for p := it.head; ; p = c.parts[p].next {
+		h := vnetHdr{flags: needsCsum, csumStart: uint16(it.ihl), csumOffset: off}
+		l4 := pkt[it.ihl:]
+		if be16(l4[off:]) != Fold(pseudoSum(pkt, it.proto, len(l4))) {
+			h = vnetHdr{}
+		}
+		res.Writes++
+		if e := w.queue.writev(w.queue.fd, w.iovs[:w.start(&h, pkt)]); e == 0 {
+			res.Packets++
+			res.Bytes += uint64(len(pkt))
+		} else {
+			res.Failed++
+			res.FailedBytes += uint64(len(pkt))
+			if refused != nil {
+				refused(pkt)
+			}
+		}
+		if p < 0 {
+			return
+		}
+		payload := c.parts[p].payload
+		base := unsafe.Add(unsafe.Pointer(unsafe.SliceData(payload)), -int(it.hl))
+		pkt = unsafe.Slice((*byte)(base), int(it.hl)+len(payload))
+	}
+}
+
+// WritePacket writes one complete IPv4 packet.
+func (q *Queue) WritePacket(pkt []byte) error {
+	var hdr [vnetHdrLen]byte
+	iovs := [2]unix.Iovec{
+		{Base: &hdr[0], Len: vnetHdrLen},
+		{Base: unsafe.SliceData(pkt), Len: uint64(len(pkt))},
+	}
+	if e := q.writev(q.fd, iovs[:]); e != 0 {
+		return e
+	}
+	return nil
+}
