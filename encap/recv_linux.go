@@ -31,6 +31,8 @@ type Message struct {
 	Data []byte
 	// Source is the sender's IPv4 address, host byte order.
 	Source uint32
+	// SourcePort is the sender's UDP port.
+	SourcePort uint16
 	// SegmentLen is the length in bytes of each datagram in Data but the last,
 	// which may be shorter. It is 0 when Data is one datagram.
 	SegmentLen int
@@ -105,8 +107,9 @@ func (s *Socket) Recv(b *RecvBatch) (int, error) {
 func (b *RecvBatch) Message(i int) Message {
 	h := &b.hdrs[i]
 	m := Message{
-		Data:   b.slab[i*slotStride:][:h.len:h.len],
-		Source: binary.BigEndian.Uint32(b.srcs[i].Addr[:]),
+		Data:       b.slab[i*slotStride:][:h.len:h.len],
+		Source:     binary.BigEndian.Uint32(b.srcs[i].Addr[:]),
+		SourcePort: binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&b.srcs[i].Port))[:]),
 	}
 	ctrl := b.ctrl[i][:min(int(h.hdr.Controllen), recvCtrl)]
 	for len(ctrl) >= unix.SizeofCmsghdr {

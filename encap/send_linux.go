@@ -21,6 +21,8 @@ const (
 	// messages at worst, a super-packet 2 pieces a segment.
 	maxMessages = 256
 	maxPieces   = 1024
+	// maxBatch bounds the segments of one batch.
+	maxBatch = 1024
 	// maxSegments is UDP_MAX_SEGMENTS before Linux 6.9; later kernels take 128.
 	maxSegments = 64
 	// maxPayload is the largest UDP payload over IPv4 without options.
@@ -72,6 +74,17 @@ type Count struct{ Segments, Bytes uint64 }
 type SendResult struct {
 	Sent   Count
 	Failed [NumSendErrors]Count
+	// Refused, unless nil, is called for each failed segment with its tag.
+	Refused func(tag uint64, class SendError)
+}
+
+func (r *SendResult) fail(class SendError, bytes uint64, tags []uint64) {
+	r.Failed[class].add(uint64(len(tags)), bytes)
+	if r.Refused != nil {
+		for _, t := range tags {
+			r.Refused(t, class)
+		}
+	}
 }
 
 type message struct {
@@ -79,6 +92,7 @@ type message struct {
 	segLen   uint32
 	bytes    uint32
 	segments uint32
+	first    uint32 // index of its first segment in the batch
 	// closed: a shorter segment ended the run.
 	closed bool
 	tos    uint8
@@ -93,8 +107,10 @@ type SendBatch struct {
 	hdrs   [maxMessages]mmsghdr
 	ctrl   [maxMessages]control
 	iovs   [maxPieces]unix.Iovec
+	tags   [maxBatch]uint64
 	n      int // messages
 	pieces int
+	segs   int
 	gso    bool
 }
 
@@ -103,7 +119,7 @@ func NewSendBatch() *SendBatch { return new(SendBatch) }
 
 // Reset forgets everything added and takes up the socket's current rung.
 func (b *SendBatch) Reset(s *Socket) {
-	b.n, b.pieces = 0, 0
+	b.n, b.pieces, b.segs = 0, 0, 0
 	b.gso = s.gso.Load()
 }
 
@@ -111,12 +127,12 @@ func (b *SendBatch) Reset(s *Socket) {
 func (b *SendBatch) Len() int { return b.n }
 
 // Add appends one segment made of head and tail (which may be empty) to the
-// current run or starts a new one. tos is the outer type of service. It
-// reports false, and adds nothing, when the batch is full and must be sent
-// first.
-func (b *SendBatch) Add(dst *Dest, tos uint8, head, tail []byte) bool {
+// current run or starts a new one. tos is the outer type of service, tag what
+// Refused is called with. It reports false, and adds nothing, when the batch is
+// full and must be sent first.
+func (b *SendBatch) Add(dst *Dest, tos uint8, tag uint64, head, tail []byte) bool {
 	size := uint32(len(head) + len(tail))
-	if b.pieces+2 > maxPieces {
+	if b.pieces+2 > maxPieces || b.segs == maxBatch {
 		return false
 	}
 	m := b.current(dst, tos, size)
@@ -125,11 +141,13 @@ func (b *SendBatch) Add(dst *Dest, tos uint8, head, tail []byte) bool {
 			return false
 		}
 		m = &b.msgs[b.n]
-		*m = message{dst: dst, segLen: size, tos: tos}
+		*m = message{dst: dst, segLen: size, tos: tos, first: uint32(b.segs)}
 		h := &b.hdrs[b.n].hdr
 		h.Iov, h.Iovlen = &b.iovs[b.pieces], 0
 		b.n++
 	}
+	b.tags[b.segs] = tag
+	b.segs++
 	m.bytes += size
 	m.segments++
 	m.closed = size < m.segLen
@@ -240,7 +258,7 @@ func (s *Socket) refused(b *SendBatch, i int, e syscall.Errno, res *SendResult) 
 			return
 		}
 	}
-	res.Failed[classify(e)].add(uint64(m.segments), uint64(m.bytes))
+	res.fail(classify(e), uint64(m.bytes), b.tags[m.first:m.first+m.segments])
 }
 
 // sendSegments sends the segments of message i one datagram each.
@@ -259,7 +277,8 @@ func (s *Socket) sendSegments(b *SendBatch, i int, res *SendResult) {
 	}
 	var iovs [3]unix.Iovec
 	at, off := 0, uint64(0)
-	for left := m.bytes; left > 0; {
+	tags := b.tags[m.first : m.first+m.segments]
+	for left := m.bytes; left > 0; tags = tags[1:] {
 		size := min(m.segLen, left)
 		n := 0
 		for need := uint64(size); need > 0; n++ {
@@ -272,12 +291,12 @@ func (s *Socket) sendSegments(b *SendBatch, i int, res *SendResult) {
 			}
 		}
 		h.Iov, h.Iovlen = &iovs[0], uint64(n)
-		s.sendOne(one[:], uint64(size), res)
+		s.sendOne(one[:], uint64(size), tags[:1], res)
 		left -= size
 	}
 }
 
-func (s *Socket) sendOne(one []mmsghdr, size uint64, res *SendResult) {
+func (s *Socket) sendOne(one []mmsghdr, size uint64, tag []uint64, res *SendResult) {
 	for {
 		n, e := s.sendmmsg(s.fd, one)
 		switch {
@@ -286,7 +305,7 @@ func (s *Socket) sendOne(one []mmsghdr, size uint64, res *SendResult) {
 		case e == 0 && n == 1:
 			res.Sent.add(1, size)
 		default:
-			res.Failed[classify(e)].add(1, size)
+			res.fail(classify(e), size, tag)
 		}
 		return
 	}

@@ -23,6 +23,7 @@ import (
 
 	"tweed/encap"
 	"tweed/engine/table"
+	"tweed/engine/tap"
 	"tweed/tun"
 )
 
@@ -72,7 +73,8 @@ type Engine struct {
 	cfg  Config
 	log  *slog.Logger
 	view atomic.Pointer[view]
-	// apply serialises Apply, which reads the view it replaces.
+	tap  atomic.Pointer[tap.Set]
+	// apply serialises Apply, which reads the view it replaces, and SetTap.
 	apply sync.Mutex
 
 	sockets []*encap.Socket // all of them
@@ -129,7 +131,7 @@ func (e *Engine) open() error {
 			if l.Framing == encap.FramingUDP {
 				udp = s
 			}
-			w, err := newRxWorker(e, l.Framing, s, q)
+			w, err := newRxWorker(e, listen[i], s, q)
 			if err != nil {
 				return err
 			}

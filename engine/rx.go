@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"tweed/encap"
+	"tweed/engine/tap"
 	"tweed/tun"
 )
 
@@ -29,18 +30,29 @@ type rxWorker struct {
 	tally   tally
 	ledger  ledger
 	batches atomic.Uint64
+	tap     tapper
+	local   Listen
+	// refused tells the tap of a packet that was not written.
+	refused func(id uint64)
 }
 
-func newRxWorker(e *Engine, f encap.Framing, s *encap.Socket, q *tun.Queue) (*rxWorker, error) {
+func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker, error) {
 	b, err := encap.NewRecvBatch()
 	if err != nil {
 		return nil, err
 	}
-	return &rxWorker{
-		engine: e, framing: f, prefix: f.PrefixLen(), sock: s, batch: b,
+	w := &rxWorker{
+		engine: e, framing: l.Framing, prefix: l.Framing.PrefixLen(), sock: s, batch: b, local: l,
 		merge:  tun.NewCoalescer(e.cfg.MTU, e.cfg.Device.Offload()),
 		writer: tun.NewWriter(q),
-	}, nil
+	}
+	w.tap.worker = e.taps()
+	w.refused = func(id uint64) {
+		if w.tap.ring != nil {
+			w.tap.ring.Fail(id, tap.TunOut, uint8(RxTUNError))
+		}
+	}
+	return w, nil
 }
 
 func (w *rxWorker) run() error {
@@ -64,11 +76,13 @@ func (w *rxWorker) round(n int) {
 	if v != w.seen {
 		w.seen, w.known = v, v.table.HasAddr(w.source)
 	}
+	w.tap.begin(&w.engine.tap)
 	for i := range n {
 		m := w.batch.Message(i)
 		w.message(v, &m)
 	}
 	w.flush()
+	w.tap.end()
 	w.ledger.publish(&w.tally)
 	w.batches.Add(1)
 }
@@ -85,7 +99,7 @@ func (w *rxWorker) message(v *view, m *encap.Message) {
 		n := min(m.SegmentLen, len(data))
 		d := data[:n:n]
 		data = data[n:]
-		w.datagram(v, &encap.Message{Source: m.Source, TOS: m.TOS}, d)
+		w.datagram(v, &encap.Message{Source: m.Source, SourcePort: m.SourcePort, TOS: m.TOS}, d)
 	}
 }
 
@@ -101,14 +115,31 @@ func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) {
 	w.tally.Packets++
 	w.tally.Bytes += uint64(max(len(data)-w.prefix, 0))
 	pkt, reason, ok := w.check(v, m, data)
+	id := w.tap.nextID()
+	if w.tap.ring != nil {
+		w.show(m, data, id, reason, ok)
+	}
 	if !ok {
 		w.tally.drop(reason, 1)
 		return
 	}
+	if m.TOS&3 == ecnCE {
+		tun.SetECN(pkt, ecnCE)
+	}
 	if !w.merge.Room() {
 		w.flush()
 	}
-	w.merge.Add(pkt, m.SegmentLen)
+	w.merge.Add(pkt, m.SegmentLen, id)
+}
+
+// show gives a datagram to the tap.
+func (w *rxWorker) show(m *encap.Message, data []byte, id uint64, reason Reason, ok bool) {
+	h := tap.Header{ID: id, Points: tap.Of(tap.WireIn, tap.TunOut), PrefixLen: uint8(w.prefix), ECN: m.TOS & 3,
+		Receive: true, Peer: m.Source, PeerPort: m.SourcePort, Local: addrBits(w.local.Addr.Addr()), LocalPort: w.local.Addr.Port(), Segments: 1}
+	if !ok {
+		h.Points, h.Reason = tap.Of(tap.WireIn, tap.Drop), uint8(reason)
+	}
+	w.tap.put(&h, data, nil)
 }
 
 // check applies the receive rules, the cheapest first, and returns the inner
@@ -147,14 +178,8 @@ func (w *rxWorker) check(v *view, m *encap.Message, data []byte) (pkt []byte, re
 	if binary.BigEndian.Uint32(data[16:])&v.mask != v.base {
 		return nil, RxNotForUs, false
 	}
-	if m.TOS&3 == ecnCE {
-		switch data[1] & 3 {
-		case ecnNone:
-			return nil, RxECN, false
-		case ecnCE:
-		default:
-			tun.SetECN(data, ecnCE)
-		}
+	if m.TOS&3 == ecnCE && data[1]&3 == ecnNone {
+		return nil, RxECN, false
 	}
 	return data[:total:total], 0, true
 }
@@ -181,8 +206,8 @@ func martian(a uint32) bool {
 
 // flush writes what the coalescer holds and enters the outcome.
 func (w *rxWorker) flush() {
-	var res tun.Written
-	w.writer.Flush(w.merge, &res, nil)
+	res := tun.Written{Refused: w.refused}
+	w.writer.Flush(w.merge, &res)
 	w.tally.Delivered += res.Packets
 	w.tally.DeliveredBytes += res.Bytes
 	if res.Failed > 0 {

@@ -10,6 +10,7 @@ import (
 
 	"tweed/encap"
 	"tweed/engine/table"
+	"tweed/engine/tap"
 	"tweed/tun"
 )
 
@@ -30,6 +31,7 @@ type out struct {
 	sock      *encap.Socket
 	batch     *encap.SendBatch
 	prefixLen uint64
+	port      uint16 // local
 }
 
 // txWorker carries packets from one queue to the sockets.
@@ -41,16 +43,20 @@ type txWorker struct {
 	outs   [1 + vxlanSources]out // 0: udp framing
 	hdrs   []byte
 	hdrPos int
+	local  uint32 // underlay address, host byte order
+	// refused tells the tap of a segment that was not sent.
+	refused func(id uint64, class encap.SendError)
 
 	tally   tally
 	ledger  ledger
 	icmp    icmpSender
 	batches atomic.Uint64
 	result  encap.SendResult
+	tap     tapper
 }
 
 func newTxWorker(e *Engine, q *tun.Queue, udp *encap.Socket) (*txWorker, error) {
-	w := &txWorker{engine: e, queue: q, hdrs: make([]byte, headerSlab)}
+	w := &txWorker{engine: e, queue: q, hdrs: make([]byte, headerSlab), local: addrBits(e.cfg.Source)}
 	for i := range w.outs {
 		s := udp
 		if i > 0 || udp == nil {
@@ -60,7 +66,11 @@ func newTxWorker(e *Engine, q *tun.Queue, udp *encap.Socket) (*txWorker, error) 
 				return nil, err
 			}
 		}
-		o := out{sock: s, batch: encap.NewSendBatch()}
+		local, err := s.LocalAddr()
+		if err != nil {
+			return nil, err
+		}
+		o := out{sock: s, batch: encap.NewSendBatch(), port: local.Port()}
 		if i > 0 {
 			o.prefixLen = uint64(encap.FramingVXLAN.PrefixLen())
 		}
@@ -72,6 +82,12 @@ func newTxWorker(e *Engine, q *tun.Queue, udp *encap.Socket) (*txWorker, error) 
 		return nil, err
 	}
 	w.icmp.init(q)
+	w.tap.worker = e.taps()
+	w.refused = func(id uint64, class encap.SendError) {
+		if w.tap.ring != nil {
+			w.tap.ring.Fail(id, tap.WireOut, uint8(sendReasons[class]))
+		}
+	}
 	return w, nil
 }
 
@@ -92,12 +108,14 @@ func (w *txWorker) run() error {
 // round sends what the last Read brought.
 func (w *txWorker) round() {
 	v := w.engine.view.Load()
+	w.tap.begin(&w.engine.tap)
 	packets := w.batch.Packets()
 	for i := range packets {
 		w.packet(v, &packets[i])
 	}
 	w.send()
 	w.hdrPos = 0
+	w.tap.end()
 	w.ledger.publish(&w.tally)
 	w.batches.Add(1)
 }
@@ -112,7 +130,7 @@ func (w *txWorker) packet(v *view, p *tun.Packet) {
 		if err := w.split.Start(ip, &p.Header); err != nil {
 			w.tally.Packets++
 			w.tally.Bytes += bytes
-			w.tally.drop(TxMalformed, 1)
+			w.drop(ip, TxMalformed, 1, false)
 			return
 		}
 		segments = uint64(w.split.Count())
@@ -122,20 +140,35 @@ func (w *txWorker) packet(v *view, p *tun.Packet) {
 	w.tally.Bytes += bytes
 	e, reason := w.route(v, ip, super)
 	if e == nil {
-		w.tally.drop(reason, segments)
+		w.drop(ip, reason, segments, super)
 		return
 	}
 	if super {
 		w.splitTo(e, room)
 		return
 	}
-	if p.Partial() && !(e.PartialChecksums && p.Elidable(ip)) && !p.Complete(ip) {
-		w.tally.drop(TxMalformed, 1)
+	elide := p.Partial() && e.PartialChecksums && p.Elidable(ip)
+	if p.Partial() && !elide && !p.Complete(ip) {
+		w.drop(ip, TxMalformed, 1, false)
 		return
 	}
 	head := room[tun.Headroom-e.PrefixLen:]
 	copy(head, e.Prefix[:e.PrefixLen])
-	w.add(w.outOf(e, ip), e, ip[1]&3, head, nil)
+	w.add(w.outOf(e, ip), e, segment{ecn: ip[1] & 3, partial: elide, head: head})
+}
+
+// drop counts a packet that gets no further, and shows it to the tap.
+func (w *txWorker) drop(ip []byte, reason Reason, segments uint64, super bool) {
+	w.tally.drop(reason, segments)
+	if w.tap.ring == nil {
+		return
+	}
+	h := tap.Header{Points: tap.Of(tap.TunIn, tap.Drop), Reason: uint8(reason), Flags: tap.Inner, Segments: 1}
+	if super {
+		h.Flags |= tap.Super | tap.Partial
+		h.Segments, h.SegmentPayload = uint16(segments), uint16(w.split.SegmentLen()-w.split.HeaderLen())
+	}
+	w.tap.put(&h, ip, nil)
 }
 
 // route finds the peer of a packet, or the reason there is none, and answers
@@ -184,7 +217,7 @@ func (w *txWorker) route(v *view, ip []byte, super bool) (*table.Entry, Reason) 
 // room is the packet with its headroom.
 func (w *txWorker) splitTo(e *table.Entry, room []byte) {
 	ip := room[tun.Headroom:]
-	o, ecn := w.outOf(e, ip), ip[1]&3
+	o := w.outOf(e, ip)
 	w.split.Begin(ip, e.PartialChecksums)
 	hl := w.split.HeaderLen()
 	need := e.PrefixLen + hl
@@ -192,29 +225,50 @@ func (w *txWorker) splitTo(e *table.Entry, room []byte) {
 	// The first segment stays where it is: its headers are rewritten in place
 	// and its payload follows them.
 	first, _ := w.split.Next(ip[:hl])
-	head := room[tun.Headroom-e.PrefixLen : tun.Headroom+hl+len(first)]
-	copy(head, e.Prefix[:e.PrefixLen])
-	w.add(o, e, ecn, head, nil)
+	s := segment{ecn: ip[1] & 3, partial: e.PartialChecksums}
+	s.head = room[tun.Headroom-e.PrefixLen : tun.Headroom+hl+len(first)]
+	copy(s.head, e.Prefix[:e.PrefixLen])
+	w.add(o, e, s)
 	for {
 		if w.hdrPos+need > len(w.hdrs) {
 			w.send()
 			w.hdrPos = 0
 		}
-		head := w.hdrs[w.hdrPos : w.hdrPos+need]
-		payload, ok := w.split.Next(head[e.PrefixLen:])
+		s.head = w.hdrs[w.hdrPos : w.hdrPos+need]
+		payload, ok := w.split.Next(s.head[e.PrefixLen:])
 		if !ok {
 			return
 		}
-		copy(head, e.Prefix[:e.PrefixLen])
+		copy(s.head, e.Prefix[:e.PrefixLen])
+		s.tail = payload
 		w.hdrPos += need
-		w.add(o, e, ecn, head, payload)
+		w.add(o, e, s)
 	}
 }
 
-func (w *txWorker) add(o *out, e *table.Entry, ecn uint8, head, tail []byte) {
-	if !o.batch.Add(e.Dest, ecn, head, tail) {
+// segment is one datagram to be sent: prefix and packet in one or two pieces.
+type segment struct {
+	head, tail []byte
+	ecn        uint8
+	partial    bool // inner checksum left to the receiver
+}
+
+func (w *txWorker) add(o *out, e *table.Entry, s segment) {
+	id := w.tap.nextID()
+	if w.tap.ring != nil {
+		h := tap.Header{ID: id, Points: tap.Of(tap.TunIn, tap.WireOut), PrefixLen: uint8(e.PrefixLen), ECN: s.ecn,
+			Peer: e.Addr, PeerPort: e.Endpoint.Port(), Local: w.local, LocalPort: o.port, Segments: 1}
+		if s.partial {
+			h.Flags |= tap.Partial
+		}
+		if e.Framing == encap.FramingUDP {
+			h.Flags |= tap.TTLLowered
+		}
+		w.tap.put(&h, s.head, s.tail)
+	}
+	if !o.batch.Add(e.Dest, s.ecn, id, s.head, s.tail) {
 		w.send()
-		o.batch.Add(e.Dest, ecn, head, tail)
+		o.batch.Add(e.Dest, s.ecn, id, s.head, s.tail)
 	}
 }
 
@@ -239,7 +293,7 @@ func (w *txWorker) send() {
 		if o.batch.Len() == 0 {
 			continue
 		}
-		w.result = encap.SendResult{}
+		w.result = encap.SendResult{Refused: w.refused}
 		o.sock.Send(o.batch, &w.result)
 		w.tally.Delivered += w.result.Sent.Segments
 		w.tally.DeliveredBytes += w.result.Sent.Bytes - w.result.Sent.Segments*o.prefixLen

@@ -29,6 +29,7 @@ const (
 
 type item struct {
 	pkt   []byte // first packet, borrowed
+	tag   uint64
 	csum  csumState
 	proto uint8 // protoTCP or protoUDP when the item may grow, else 0
 	// closed: a short or pushed packet ended the item.
@@ -48,6 +49,7 @@ type item struct {
 
 type part struct {
 	payload []byte
+	tag     uint64
 	next    int32
 }
 
@@ -78,9 +80,10 @@ func (c *Coalescer) Room() bool { return c.n < maxItems && c.nparts < maxParts }
 
 // Add appends an IPv4 packet whose header length and total length have been
 // checked against len(pkt). gso is the segment payload of a UDP super-packet
-// that arrived as one packet, otherwise 0. There must be Room.
-func (c *Coalescer) Add(pkt []byte, gso int) {
-	it := item{pkt: pkt, csum: csumNone, parts: 1, total: len(pkt), head: -1, tail: -1}
+// that arrived as one packet, otherwise 0. tag names the packet to the caller of
+// Flush. There must be Room.
+func (c *Coalescer) Add(pkt []byte, gso int, tag uint64) {
+	it := item{pkt: pkt, tag: tag, csum: csumNone, parts: 1, total: len(pkt), head: -1, tail: -1}
 	it.inspect(gso, c.mtu)
 	if it.proto == 0 || c.rung == OffloadNone || it.proto == protoUDP && c.rung < OffloadFull {
 		if it.ends() {
@@ -228,7 +231,7 @@ func (c *Coalescer) join(it, x *item) bool {
 		return false
 	}
 	i := int32(c.nparts)
-	c.parts[i] = part{payload: b[x.hl:], next: -1}
+	c.parts[i] = part{payload: b[x.hl:], tag: x.tag, next: -1}
 	c.nparts++
 	if it.tail < 0 {
 		it.head = i

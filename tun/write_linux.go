@@ -15,6 +15,16 @@ type Written struct {
 	Failed, FailedBytes uint64
 	// Writes is the number of system calls.
 	Writes uint64
+	// Refused, unless nil, is called with the tag of each failed packet.
+	Refused func(tag uint64)
+}
+
+func (r *Written) fail(tag, bytes uint64) {
+	r.Failed++
+	r.FailedBytes += bytes
+	if r.Refused != nil {
+		r.Refused(tag)
+	}
 }
 
 // Writer writes items of a Coalescer to a Queue. It belongs to one goroutine.
@@ -28,25 +38,22 @@ type Writer struct {
 func NewWriter(q *Queue) *Writer { return &Writer{queue: q} }
 
 // Flush writes everything added to the coalescer, in the order of the items'
-// first packets, and empties it. refused, which may be nil, is called with each
-// packet (or merged packet) the device did not take.
-func (w *Writer) Flush(c *Coalescer, res *Written, refused func(pkt []byte)) {
+// first packets, and empties it.
+func (w *Writer) Flush(c *Coalescer, res *Written) {
 	for i := range c.n {
 		it := &c.items[i]
-		n, bytes := uint64(it.parts), uint64(it.total+(it.parts-1)*int(it.hl))
 		switch {
 		case it.parts > 1 && w.queue.noGSO.Load():
-			w.flushParts(c, it, res, refused)
+			w.flushParts(c, it, res)
 		case w.item(c, it, res):
-			res.Packets += n
-			res.Bytes += bytes
+			res.Packets += uint64(it.parts)
+			res.Bytes += uint64(it.total + (it.parts-1)*int(it.hl))
 		case it.parts > 1 && w.queue.noGSO.Load():
-			w.flushParts(c, it, res, refused)
+			w.flushParts(c, it, res)
 		default:
-			res.Failed += n
-			res.FailedBytes += bytes
-			if refused != nil {
-				refused(it.pkt)
+			res.fail(it.tag, uint64(len(it.pkt)))
+			for p := it.head; p >= 0; p = c.parts[p].next {
+				res.fail(c.parts[p].tag, uint64(int(it.hl)+len(c.parts[p].payload)))
 			}
 		}
 	}
@@ -87,7 +94,7 @@ func (w *Writer) start(h *vnetHdr, pkt []byte) int {
 // flushParts writes the packets of a merged item one by one. Each still has its
 // own headers in front of its payload, but for the first, whose headers were
 // rewritten.
-func (w *Writer) flushParts(c *Coalescer, it *item, res *Written, refused func(pkt []byte)) {
+func (w *Writer) flushParts(c *Coalescer, it *item, res *Written) {
 	first := it.pkt
 	l4 := first[it.ihl:]
 	put16(first[2:], uint16(len(first)))
@@ -101,7 +108,7 @@ func (w *Writer) flushParts(c *Coalescer, it *item, res *Written, refused func(p
 	}
 	put16(l4[off:], Fold(pseudoSum(first, it.proto, len(l4))))
 
-	pkt := first
+	pkt, tag := first, it.tag
 	for p := it.head; ; p = c.parts[p].next {
 		h := vnetHdr{flags: needsCsum, csumStart: uint16(it.ihl), csumOffset: off}
 		l4 := pkt[it.ihl:]
@@ -113,16 +120,13 @@ func (w *Writer) flushParts(c *Coalescer, it *item, res *Written, refused func(p
 			res.Packets++
 			res.Bytes += uint64(len(pkt))
 		} else {
-			res.Failed++
-			res.FailedBytes += uint64(len(pkt))
-			if refused != nil {
-				refused(pkt)
-			}
+			res.fail(tag, uint64(len(pkt)))
 		}
 		if p < 0 {
 			return
 		}
 		payload := c.parts[p].payload
+		tag = c.parts[p].tag
 		base := unsafe.Add(unsafe.Pointer(unsafe.SliceData(payload)), -int(it.hl))
 		pkt = unsafe.Slice((*byte)(base), int(it.hl)+len(payload))
 	}

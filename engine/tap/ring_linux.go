@@ -1,0 +1,176 @@
+package tap
+
+import (
+	"fmt"
+	"math/bits"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// slot is a record in a ring, followed by its data, padded to slotAlign.
+type slot struct {
+	size   uint32 // of slot and data, padded; 0: the rest of the ring is unused
+	stored uint32 // bytes of data
+	hdr    Header
+}
+
+const (
+	slotAlign = 8
+	slotLen   = (int(unsafe.Sizeof(slot{})) + slotAlign - 1) &^ (slotAlign - 1)
+	minRing   = 1 << 16
+)
+
+// Ring is a ring of records with one writer and one reader.
+type Ring struct {
+	buf    []byte // mapped, not Go heap; a power of two long
+	worker uint8
+	points Points
+	snap   int
+
+	// head and tail count bytes ever written and read; only their difference
+	// and their low bits matter. next is the writer's uncommitted head.
+	next uint64
+	head atomic.Uint64
+	_    [64]byte // the reader's line
+	tail atomic.Uint64
+	_    [64]byte
+	lost [NumPoints]counter
+}
+
+func newRing(worker uint8, points Points, snap, size int) (*Ring, error) {
+	size = 1 << bits.Len(uint(max(size, minRing)-1))
+	buf, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return nil, fmt.Errorf("tap: map a ring of %d bytes: %w", size, err)
+	}
+	return &Ring{buf: buf, worker: worker, points: points, snap: snap}, nil
+}
+
+func (r *Ring) free() {
+	if r.buf != nil {
+		_ = unix.Munmap(r.buf)
+		r.buf = nil
+	}
+}
+
+func (r *Ring) slot(at uint64) *slot {
+	return (*slot)(unsafe.Pointer(&r.buf[at&uint64(len(r.buf)-1)]))
+}
+
+// Put adds a record of the packet head + tail, visible after Commit. Points
+// nobody wants are taken out of h.Points; with none left, nothing happens.
+func (r *Ring) Put(h *Header, head, tail []byte) {
+	want := h.Points & r.points
+	if want == 0 {
+		return
+	}
+	length := len(head) + len(tail)
+	stored := min(length, r.snap)
+	size := uint64(slotLen + (stored+slotAlign-1)&^(slotAlign-1))
+	mask := uint64(len(r.buf) - 1)
+	// A record does not wrap: what is left at the end is skipped.
+	skip := uint64(0)
+	if end := uint64(len(r.buf)) - r.next&mask; end < size {
+		skip = end
+	}
+	if r.next+skip+size-r.tail.Load() > uint64(len(r.buf)) {
+		r.lose(want, uint64(max(h.Segments, 1)))
+		return
+	}
+	if skip >= uint64(slotLen) {
+		r.slot(r.next).size = 0
+	}
+	r.next += skip
+	s := r.slot(r.next)
+	s.size, s.stored, s.hdr = uint32(size), uint32(stored), *h
+	s.hdr.Points, s.hdr.Worker, s.hdr.Length = want, r.worker, uint32(length)
+	data := r.buf[r.next&mask+uint64(slotLen):][:stored]
+	n := copy(data, head)
+	copy(data[n:], tail)
+	r.next += size
+}
+
+// lose adds n to the loss counters of the points.
+func (r *Ring) lose(points Points, n uint64) {
+	for p := range NumPoints {
+		if points.Has(p) {
+			r.lost[p].Add(n)
+		}
+	}
+}
+
+// Fail amends the uncommitted record with the given ID: the packet did not
+// reach point p but was dropped for reason. When the record was lost, the loss
+// counters are amended instead.
+func (r *Ring) Fail(id uint64, p Point, reason uint8) {
+	for at := r.head.Load(); at < r.next; {
+		var s *slot
+		s, at = r.at(at)
+		if s.hdr.ID == id && s.hdr.Points.Has(p) {
+			s.hdr.Points &^= Of(p)
+			s.hdr.Points |= Of(Drop) & r.points
+			s.hdr.Reason = reason
+			return
+		}
+		at += uint64(s.size)
+	}
+	if r.points.Has(p) {
+		r.lost[p].Add(^uint64(0))
+	}
+	if r.points.Has(Drop) {
+		r.lost[Drop].Add(1)
+	}
+}
+
+// at returns the record at pos and its position, which is further on when pos
+// is the unused end of the ring.
+func (r *Ring) at(pos uint64) (*slot, uint64) {
+	size := uint64(len(r.buf))
+	end := size - pos&(size-1)
+	if end < uint64(slotLen) || r.slot(pos).size == 0 {
+		pos += end
+	}
+	return r.slot(pos), pos
+}
+
+// Commit makes everything put so far visible to the reader.
+func (r *Ring) Commit() {
+	if r.next != r.head.Load() {
+		r.head.Store(r.next)
+	}
+}
+
+// Record is one record as the reader sees it.
+type Record struct {
+	Header
+	// Data is the stored head of the packet, borrowed until Release.
+	Data []byte
+}
+
+// Next fills rec with the oldest unread record and reports whether there was one.
+// Release frees its space.
+func (r *Ring) Next(rec *Record) bool {
+	pos, head := r.tail.Load(), r.head.Load()
+	if pos == head {
+		return false
+	}
+	s, pos := r.at(pos)
+	rec.Header = s.hdr
+	rec.Data = r.buf[pos&uint64(len(r.buf)-1)+uint64(slotLen):][:s.stored:s.stored]
+	return true
+}
+
+// Release frees the space of the record that Next returned last.
+func (r *Ring) Release() {
+	pos := r.tail.Load()
+	if pos == r.head.Load() {
+		return
+	}
+	s, pos := r.at(pos)
+	r.tail.Store(pos + uint64(s.size))
+}
+
+// Lost returns how many packets at p did not fit this ring so far.
+func (r *Ring) Lost(p Point) uint64 { return r.lost[p].Load() }
