@@ -1,0 +1,315 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"tweed/lease"
+)
+
+// refused reports that etcd's content, not its absence, is against this node:
+// then a snapshot is no reason to go on.
+func refused(err error) bool {
+	return errors.Is(err, lease.ErrPublicIPTaken) || errors.Is(err, lease.ErrOutOfSubnets)
+}
+
+// attrs is what our lease says beside address and identity.
+func (r *runner) attrs(cfg lease.NetworkConfig) lease.Attrs {
+	a := lease.Attrs{BackendType: cfg.Backend.Type, PartialChecksums: true}
+	if cfg.Backend.Type == lease.BackendVXLAN {
+		a.VNI, a.VtepMAC = cfg.Backend.VNI, r.id.MAC
+	}
+	return a
+}
+
+// previousSubnet is the subnet this node had before: from its own snapshot,
+// else from subnet.env, as flannel has it.
+func (r *runner) previousSubnet() netip.Prefix {
+	if r.cached != nil {
+		return r.cached.own.Subnet
+	}
+	if r.cfg.SubnetFile == "" {
+		return netip.Prefix{}
+	}
+	f, err := lease.ReadSubnetFile(r.cfg.SubnetFile)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		r.log.Warn("subnet file not readable; the node may get another subnet", "err", err)
+	}
+	return f.Subnet
+}
+
+// startCached forwards from the last good snapshot while etcd is not heard.
+func (r *runner) startCached() error {
+	c := r.cached
+	if r.eng == nil {
+		o, err := r.design(c.config)
+		if err != nil {
+			return err
+		}
+		if err := r.openEngine(o); err != nil {
+			return err
+		}
+	}
+	r.own, r.peers, r.source, r.revision = c.own, c.peers, sourceSnapshot, c.revision
+	if err := r.forward(); err != nil {
+		return err
+	}
+	r.setPhase(PhaseCached)
+	r.log.Warn("forwarding from the last good snapshot until etcd answers",
+		"subnet", r.own.Subnet, "peers", len(r.peers), "saved", c.saved)
+	r.announce()
+	return nil
+}
+
+const (
+	sourceEtcd     = "etcd"
+	sourceSnapshot = "snapshot"
+)
+
+// join puts a lease just acquired in force and starts to follow the others.
+func (r *runner) join(own lease.Lease) error {
+	if r.own.Subnet.IsValid() && r.own.Subnet != own.Subnet {
+		r.log.Warn("subnet changed: it belongs to another node now", "old", r.own.Subnet, "new", own.Subnet)
+	}
+	wasForwarding := r.started
+	r.own = own
+	if r.peers == nil && r.cached != nil {
+		// Until the list is complete the last good peers are better than none.
+		r.peers, r.source = r.cached.peers, sourceSnapshot
+	}
+	if !r.overlay.sameData(&r.next) {
+		r.rebuild()
+	}
+	r.overlay = r.next
+	if r.dataProblem == "" {
+		if err := r.forward(); err != nil {
+			if !wasForwarding {
+				r.giveBack()
+				return err
+			}
+			r.note(&r.linkProblem, "device not configured, trying again", err)
+		}
+	}
+	r.joined, r.keep = true, true
+	r.note(&r.joinProblem, "", nil)
+	r.setPhase(PhaseRunning)
+	r.etcdTasks.Go(func() {
+		if err := r.mgr.Run(r.etcd); err != nil {
+			r.log.Error("lease manager ended", "err", err)
+		}
+	})
+	r.announce()
+	r.follow()
+	return nil
+}
+
+// giveBack releases a lease that this start made and cannot use. One that was
+// there before stays, as it would after any other stop.
+func (r *runner) giveBack() {
+	if r.own.CreateRevision != r.own.ModRevision || r.cached != nil {
+		r.keep = true
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
+	defer cancel()
+	if err := r.mgr.Release(ctx); err != nil {
+		r.keep = true // or the next start would not know its own lease
+		r.log.Warn("lease not released", "subnet", r.own.Subnet, "err", err)
+	}
+}
+
+// follow takes over the control plane's newest state.
+func (r *runner) follow() {
+	if !r.joined {
+		return
+	}
+	st := r.mgr.State()
+	grown := st.Config.Network.IsValid() && st.Config != r.overlay.cfg
+	if grown {
+		r.log.Info("network config changed", "from", r.overlay.cfg.String(), "to", st.Config.String())
+		r.overlay.cfg = st.Config
+		r.next = r.overlay
+	}
+	if st.Own.Subnet.IsValid() {
+		r.own = st.Own
+	}
+	if st.Synced {
+		r.peers, r.source, r.revision = st.Peers, sourceEtcd, st.Revision
+	}
+	if r.dataProblem == "" {
+		r.note(&r.linkProblem, "device or table not up to date, trying again", r.forward())
+	}
+	r.announce()
+	if st.Synced {
+		r.saver.save(r.savedTable())
+	}
+}
+
+func (r *runner) savedTable() savedTable {
+	cfg, err := r.overlay.cfg.Marshal()
+	if err != nil {
+		cfg = nil // cannot happen for a config in force; the file would be refused when read
+	}
+	t := savedTable{
+		EtcdPrefix: r.cfg.EtcdPrefix, Revision: r.revision,
+		NodeID: r.id.NodeID, VtepMAC: r.id.MACText,
+		Config: cfg, Own: saveLease(r.own),
+	}
+	for _, p := range r.peers {
+		t.Peers = append(t.Peers, saveLease(p))
+	}
+	return t
+}
+
+func (r *runner) ruleSet(cfg lease.NetworkConfig, subnet netip.Prefix) ruleSet {
+	return ruleSet{
+		network: cfg.Network, subnet: subnet,
+		masq: r.cfg.IPMasq, forward: r.cfg.IPTablesForward,
+		randomFully: r.cfg.IPMasqRandomFully, nft: cfg.EnableNFTables,
+	}
+}
+
+// announce tells the host about the subnet in force: traffic rules, subnet
+// file, readiness, in flannel's order. Each is touched only when it changes.
+func (r *runner) announce() {
+	if set := r.ruleSet(r.overlay.cfg, r.own.Subnet); set != r.rulesSet {
+		_ = r.rules.set(set) // logged and shown by the keeper, which goes on trying
+		r.rulesSet = set
+		if set.mode() == "iptables" && !bridgeFiltered() {
+			r.log.Info("bridged packets do not pass iptables: load br_netfilter if containers of one host use a bridge", "missing", bridgeCall)
+		}
+	}
+	if r.cfg.BlackholeRoute && r.blackholed != r.own.Subnet {
+		r.setBlackhole()
+	}
+	want := lease.SubnetFile{Network: r.overlay.cfg.Network, Subnet: r.own.Subnet, MTU: r.overlay.mtu, IPMasq: r.cfg.IPMasq}
+	if r.cfg.SubnetFile != "" && want != r.file {
+		err := lease.WriteSubnetFile(r.cfg.SubnetFile, want)
+		if err == nil {
+			r.file = want
+			r.log.Info("subnet file written", "file", r.cfg.SubnetFile, "network", want.Network, "subnet", want.Subnet, "mtu", want.MTU)
+		}
+		r.note(&r.fileProblem, "subnet file not written; containers cannot be given addresses", err)
+	}
+	r.readyz.Store(r.fileProblem == "")
+	r.readyOnce.Do(func() {
+		close(r.ready)
+		sdNotify("READY=1")
+		r.log.Info("forwarding", "device", r.name, "subnet", r.own.Subnet, "network", r.overlay.cfg.Network,
+			"framing", r.overlay.framing, "mtu", r.overlay.mtu, "node_id", r.id.NodeID)
+	})
+}
+
+func (r *runner) setBlackhole() {
+	if r.blackholed.IsValid() {
+		r.note(&r.holeProblem, "blackhole route", blackhole(r.nl, r.blackholed, false))
+	}
+	err := blackhole(r.nl, r.own.Subnet, true)
+	r.note(&r.holeProblem, "blackhole route", err)
+	if err == nil {
+		r.blackholed = r.own.Subnet
+	}
+}
+
+// reconcile compares everything on the host with what it shall be and repairs
+// it, whoever changed it. It reports whether it has to be called again soon.
+func (r *runner) reconcile() (again bool) {
+	if r.watch.broken.Load() {
+		r.renewWatch()
+	}
+	if r.dataProblem != "" || r.dev == nil {
+		return false
+	}
+	if _, err := r.link.get(); errors.Is(err, errLinkGone) {
+		r.log.Warn("TUN device was deleted; making it again", "device", r.name)
+		r.rebuild()
+		return false
+	}
+	if !r.started {
+		return false
+	}
+	again = !r.refreshPaths()
+	r.note(&r.linkProblem, "device not configured, trying again", r.forward())
+	if r.cfg.BlackholeRoute {
+		r.setBlackhole()
+	}
+	if r.fileProblem != "" {
+		r.announce()
+	}
+	return again
+}
+
+// refreshPaths looks again at the ways to all peers, unless it did so a moment
+// ago.
+func (r *runner) refreshPaths() bool {
+	if time.Since(r.pathsAt) < pathInterval {
+		return false
+	}
+	r.pathsAt = time.Now()
+	inUse := make(map[netip.Addr]bool, len(r.peers))
+	for _, p := range r.peers {
+		inUse[p.PublicIP] = true
+	}
+	if r.path.refresh(inUse) {
+		r.log.Info("path MTU to peers changed")
+	}
+	return true
+}
+
+func (r *runner) renewWatch() {
+	w, err := watchNet(r.log)
+	if err != nil {
+		return // the periodic look goes on; the next one tries again
+	}
+	r.watch.close()
+	r.watch = w
+}
+
+// stop is the clean way out: what was learnt is saved, the lease stays unless
+// it shall be released, device and routes go.
+func (r *runner) stop() error {
+	r.setPhase(PhaseStopping)
+	sdNotify("STOPPING=1")
+	r.readyz.Store(false)
+	r.publish()
+	r.log.Info("stopping", "release", r.cfg.ReleaseOnExit)
+	if r.blackholed.IsValid() {
+		if err := blackhole(r.nl, r.blackholed, false); err != nil {
+			r.log.Warn("blackhole route stays", "err", err)
+		}
+	}
+	if !r.joined {
+		r.keep = r.cached != nil || r.claiming
+		return nil
+	}
+	if r.cfg.ReleaseOnExit {
+		r.release()
+	}
+	return nil
+}
+
+// release gives the lease back and forgets the snapshot that stands on it.
+func (r *runner) release() {
+	r.endEtcd()
+	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
+	defer cancel()
+	if err := r.mgr.Release(ctx); err != nil {
+		r.log.Warn("lease not released; it expires by itself", "subnet", r.own.Subnet, "ttl", r.cfg.LeaseTTL, "err", err)
+		return
+	}
+	r.saver.drop()
+	if err := removeSnapshot(r.paths.stateDir); err != nil {
+		r.log.Warn("snapshot stays", "dir", r.paths.stateDir, "err", err)
+	}
+}
+
+func (r *runner) noteJoinProblem(err error) {
+	r.note(&r.joinProblem, "cannot join; forwarding goes on from the last good snapshot", err)
+}
+
+// cutPattern splits a TUN name like flannel%d.
+func cutPattern(name string) (base string, pattern bool) { return strings.CutSuffix(name, "%d") }

@@ -1,0 +1,98 @@
+package node
+
+import (
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+)
+
+// pathInfo is what the kernel's routing table says of the way to a peer.
+type pathInfo struct {
+	mtu   int  // bytes, 0 when there is no way now
+	loops bool // the way leads into our own TUN
+}
+
+// pathCache remembers the way to every peer, because asking costs a system
+// call per peer and the answer changes only with links and routes.
+type pathCache struct {
+	nl  *netlink.Handle
+	tun int // index of our own device
+	// links are the MTUs of interfaces by index, filled on demand.
+	links map[int]int
+	paths map[netip.Addr]pathInfo
+}
+
+func newPathCache(nl *netlink.Handle, tun int) *pathCache {
+	return &pathCache{nl: nl, tun: tun, links: map[int]int{}, paths: map[netip.Addr]pathInfo{}}
+}
+
+// get answers from memory when it can.
+func (c *pathCache) get(ip netip.Addr) (mtu int, loops bool) {
+	p, ok := c.paths[ip]
+	if !ok {
+		p = c.ask(ip)
+		c.paths[ip] = p
+	}
+	return p.mtu, p.loops
+}
+
+// refresh asks again for every address in use, forgets the others, and reports
+// whether an answer changed.
+func (c *pathCache) refresh(inUse map[netip.Addr]bool) bool {
+	clear(c.links)
+	changed := false
+	for ip, old := range c.paths {
+		if !inUse[ip] {
+			delete(c.paths, ip)
+			continue
+		}
+		p := c.ask(ip)
+		// A way that is gone for the moment keeps what was known of it: the
+		// socket will say so for each packet, and the MTU comes back with it.
+		if p.mtu == 0 && !p.loops {
+			continue
+		}
+		if p != old {
+			c.paths[ip] = p
+			changed = true
+		}
+	}
+	return changed
+}
+
+// ask looks in the routing table itself, not in what the kernel learnt from
+// ICMP: a forged "fragmentation needed" must not shrink the path.
+func (c *pathCache) ask(ip netip.Addr) pathInfo {
+	rs, err := c.nl.RouteGetWithOptions(ip.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+	if err != nil || len(rs) == 0 {
+		return pathInfo{}
+	}
+	r := rs[0]
+	links := []int{r.LinkIndex}
+	if len(r.MultiPath) > 0 {
+		links = links[:0]
+		for _, hop := range r.MultiPath {
+			links = append(links, hop.LinkIndex)
+		}
+	}
+	p := pathInfo{mtu: r.MTU}
+	for _, index := range links {
+		p.loops = p.loops || c.tun != 0 && index == c.tun
+		if mtu := c.linkMTU(index); mtu > 0 && (p.mtu == 0 || mtu < p.mtu) {
+			p.mtu = mtu
+		}
+	}
+	return p
+}
+
+func (c *pathCache) linkMTU(index int) int {
+	if mtu, ok := c.links[index]; ok {
+		return mtu
+	}
+	l, err := c.nl.LinkByIndex(index)
+	if err != nil {
+		return 0
+	}
+	c.links[index] = l.Attrs().MTU
+	return l.Attrs().MTU
+}

@@ -1,0 +1,470 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	wgtun "golang.zx2c4.com/wireguard/tun"
+
+	"tweed/engine"
+	"tweed/lease"
+	"tweed/tun"
+)
+
+const (
+	// cacheDelay is how long a start waits for etcd before it forwards from the
+	// last good snapshot.
+	cacheDelay = 300 * time.Millisecond
+	// joinRetry is the mean time between attempts to join while forwarding from
+	// a snapshot.
+	joinRetry = 3 * time.Second
+	// netSettle is how long changes of links and routes are collected before
+	// they are looked at.
+	netSettle = 100 * time.Millisecond
+	// pathInterval is the shortest time between two looks at the ways to all
+	// peers, a system call each.
+	pathInterval = time.Second
+	// reconcileInterval is how often everything is compared with what it shall
+	// be, without any hint that it changed.
+	reconcileInterval = 10 * time.Second
+	// repairRetry is the time between attempts to make a device or an engine
+	// again.
+	repairRetry = 500 * time.Millisecond
+	// publishInterval refreshes the view while etcd is awaited.
+	publishInterval = 500 * time.Millisecond
+	// releaseTimeout bounds giving the lease back on the way out.
+	releaseTimeout = 5 * time.Second
+)
+
+// runner is the life of a node: everything the goroutine of Run owns. No field
+// is touched by another goroutine.
+type runner struct {
+	*Node
+	// etcd is the context of everything that talks to etcd, etcdTasks the
+	// goroutines that do, and endEtcd ends them.
+	etcd      context.Context
+	etcdTasks sync.WaitGroup
+	endEtcd   func()
+	servers   sync.WaitGroup
+	undos     []func()
+	made      dirMaker
+	keep      bool // the state on disk stays
+	newID     bool // node.json was made by this start
+	locked    map[string]*nsLock
+
+	ns    *netNS
+	nl    *netlink.Handle
+	u     underlay
+	host  *hostNet
+	paths enginePaths
+	id    identity
+
+	reg   *lease.Registry
+	mgr   *lease.Manager
+	saver *saver
+	rules *rulesKeeper
+	watch *netWatch
+
+	cached *cachedState // what the last run left, nil if nothing
+
+	name    string  // of the TUN device
+	overlay overlay // in force
+	next    overlay // planned for the config etcd gave, in force after join
+	dev     *tun.Device
+	events  <-chan wgtun.Event
+	link    *overlayLink
+	path    *pathCache
+	eng     *engine.Engine
+	started bool // the engine's workers run
+
+	phase     Phase
+	claiming  bool // a claim is under way, its fate unknown
+	joined    bool // a lease is held and followed
+	own       lease.Lease
+	peers     []lease.Lease
+	source    string // where peers are from
+	revision  int64
+	applied   *engine.Snapshot
+	table     *tableView
+	file      lease.SubnetFile // as last written
+	recreated int
+	linkUp    bool
+	pathsAt   time.Time
+	rulesSet  ruleSet
+	// blackholed is the subnet with a blackhole route, invalid if none.
+	blackholed netip.Prefix
+
+	// Problems of the node's own parts, empty when there is none.
+	joinProblem, dataProblem, linkProblem, fileProblem, holeProblem string
+}
+
+// undo registers what to do when Run returns, in reverse order.
+func (r *runner) undo(f func()) { r.undos = append(r.undos, f) }
+
+// cleanup takes back everything the start and the run did, and, after a start
+// that failed, what it wrote.
+func (r *runner) cleanup() {
+	for i := len(r.undos) - 1; i >= 0; i-- {
+		r.undos[i]()
+	}
+	r.undos = nil
+	if r.keep {
+		r.made.undoExcept(r.paths.stateDir)
+		return
+	}
+	if r.newID {
+		_ = os.Remove(filepath.Join(r.paths.stateDir, identityFile))
+	}
+	r.made.undoExcept("")
+}
+
+func (r *runner) run(ctx context.Context) error {
+	var cancel context.CancelFunc
+	r.etcd, cancel = context.WithCancel(context.Background())
+	r.endEtcd = func() { cancel(); r.etcdTasks.Wait() }
+	r.undo(r.servers.Wait)
+	r.setPhase(PhaseStarting)
+	if err := r.prepare(); err != nil {
+		return err
+	}
+	return r.loop(ctx)
+}
+
+// setPhase records the phase and tells systemd.
+func (r *runner) setPhase(p Phase) {
+	if r.phase == p {
+		return
+	}
+	r.phase = p
+	sdNotify("STATUS=" + string(p))
+}
+
+// prepare does everything that can fail locally, before etcd is asked.
+func (r *runner) prepare() error {
+	var err error
+	if r.ns, err = currentNetNS(); err != nil {
+		return err
+	}
+	r.undo(r.ns.close)
+	if r.nl, err = netlink.NewHandle(); err != nil {
+		return fmt.Errorf("netlink: %w", err)
+	}
+	r.undo(r.nl.Close)
+	if r.host, err = readHostNet(r.nl); err != nil {
+		return err
+	}
+	r.u, err = chooseUnderlay(r.choice, r.host, func(e error) { r.log.Warn("underlay option does not match", "err", e) })
+	if err != nil {
+		return err
+	}
+	r.log.Info("underlay chosen", "interface", r.u.name, "address", r.u.addr, "public_ip", r.u.publicIP, "mtu", r.u.mtu, "by", r.u.why)
+	if err := r.lockTUNName(); err != nil {
+		return err
+	}
+	r.reg, err = lease.Open(lease.EtcdConfig{
+		Endpoints: r.cfg.EtcdEndpoints, Prefix: r.cfg.EtcdPrefix,
+		CertFile: r.cfg.EtcdCertFile, KeyFile: r.cfg.EtcdKeyFile, CAFile: r.cfg.EtcdCAFile,
+		Username: r.cfg.EtcdUsername, Password: r.cfg.EtcdPassword, Log: r.log,
+	})
+	if err != nil {
+		return err
+	}
+	r.undo(func() { r.reg.Close() })
+	r.undo(r.endEtcd)
+	r.undo(r.closeData)
+	if err := r.openDevice(); err != nil {
+		return err
+	}
+	if err := r.serve(); err != nil {
+		return err
+	}
+	if r.watch, err = watchNet(r.log); err != nil {
+		return fmt.Errorf("watch links and routes: %w", err)
+	}
+	r.undo(func() { r.watch.close() })
+	r.rules = startRules(r.ns, r.cfg.IPTablesResync, r.log)
+	r.undo(r.rules.close)
+	r.mgr = lease.NewManager(lease.ManagerConfig{
+		Registry: r.reg,
+		NodeID:   r.id.NodeID, NodeName: r.hostname,
+		PublicIP: r.u.publicIP,
+		TTL:      r.cfg.LeaseTTL,
+		Previous: r.previousSubnet(),
+		TakeOver: r.cfg.TakeOver,
+		FailFast: true,
+		Attrs:    r.attrs,
+		Log:      r.log,
+	})
+	return nil
+}
+
+// lockTUNName settles the device name and takes its lock.
+func (r *runner) lockTUNName() error {
+	for _, name := range candidateNames(r.cfg.TUNName) {
+		_, err := r.nl.LinkByName(name)
+		taken := err == nil
+		if taken && name != r.cfg.TUNName {
+			continue
+		}
+		err = r.lock("tun/"+name, "TUN device "+name)
+		if err == nil {
+			r.name = name
+			return nil
+		}
+		if name == r.cfg.TUNName {
+			return err
+		}
+	}
+	return fmt.Errorf("--tun-name %s: no free number from 0 to %d", r.cfg.TUNName, maxTUNNumber)
+}
+
+const maxTUNNumber = 255
+
+// candidateNames are the names a TUN name stands for, in the order to try.
+func candidateNames(name string) []string {
+	base, pattern := cutPattern(name)
+	if !pattern {
+		return []string{name}
+	}
+	names := make([]string, 0, maxTUNNumber+1)
+	for i := range maxTUNNumber + 1 {
+		if n := fmt.Sprintf("%s%d", base, i); len(n) <= maxIfaceName {
+			names = append(names, n)
+		}
+	}
+	return names
+}
+
+// lock takes a namespace lock once.
+func (r *runner) lock(name, what string) error {
+	if r.locked[name] != nil {
+		return nil
+	}
+	l, err := lockNamespace(name, what)
+	if err != nil {
+		return err
+	}
+	if r.locked == nil {
+		r.locked = map[string]*nsLock{}
+	}
+	r.locked[name] = l
+	r.undo(l.release)
+	return nil
+}
+
+// serve opens the listening sockets and the state directory and starts to answer.
+func (r *runner) serve() error {
+	if r.cfg.HealthzPort != 0 {
+		l, err := listenTCP("--healthz-port", r.healthAddr())
+		if err != nil {
+			return err
+		}
+		r.serveHTTP(newHTTPServer(r.healthHandler()), l)
+	}
+	if r.cfg.MetricsAddr != "" {
+		l, err := listenTCP("--metrics-addr", r.cfg.MetricsAddr)
+		if err != nil {
+			return err
+		}
+		mux := http.NewServeMux()
+		mux.Handle("GET /metrics", r.metricsHandler())
+		r.serveHTTP(newHTTPServer(mux), l)
+	}
+	r.paths = defaultDirs(os.Geteuid(), os.Getenv).engine(r.cfg.StateDir, r.cfg.Socket, r.name)
+	for _, dir := range []string{r.paths.stateDir, filepath.Dir(r.paths.socket)} {
+		if err := r.made.mkdirAll(dir, socketDirMode); err != nil {
+			return fmt.Errorf("state directory: %w (choose another with --state-dir)", err)
+		}
+	}
+	l, err := lockDir(r.paths.stateDir, r.paths.socket)
+	if err != nil {
+		return err
+	}
+	r.undo(l.release)
+	if err := r.loadState(); err != nil {
+		return err
+	}
+	api, err := listenAPI(r.paths.socket)
+	if err != nil {
+		return err
+	}
+	r.publish()
+	r.serveHTTP(r.apiServer(), api)
+	r.saver = newSaver(r.paths.stateDir, r.log)
+	r.undo(r.saver.close)
+	return nil
+}
+
+// serveHTTP serves l until Run returns.
+func (r *runner) serveHTTP(s *http.Server, l net.Listener) {
+	r.servers.Go(func() { _ = s.Serve(l) }) // ends with ErrServerClosed
+	r.undo(func() { _ = s.Close() })
+}
+
+// loadState reads what an earlier run left, or makes a new identity.
+func (r *runner) loadState() error {
+	dir := r.paths.stateDir
+	cached, warn := readSnapshot(dir, r.cfg.EtcdPrefix)
+	if warn != nil {
+		r.log.Warn("snapshot file", "err", warn)
+	}
+	r.cached = cached
+	id, err := readIdentity(dir)
+	switch {
+	case err == nil:
+		r.id = id
+		return nil
+	case !errors.Is(err, os.ErrNotExist):
+		r.log.Warn("node identity is unreadable and made anew", "err", err)
+	}
+	if r.id, err = newIdentity(); err != nil {
+		return err
+	}
+	if cached != nil {
+		// The snapshot knows who we were.
+		old := identity{Version: stateVersion, NodeID: cached.nodeID, MACText: cached.mac.String()}
+		if old.check() == nil {
+			r.id = old
+		}
+	}
+	r.newID = true
+	if err := writeIdentity(dir, r.id); err != nil {
+		return fmt.Errorf("state directory: %w (choose another with --state-dir)", err)
+	}
+	return nil
+}
+
+// configResult and leaseResult are what the goroutines that talk to etcd
+// during the start hand to the loop.
+type configResult struct {
+	cfg lease.NetworkConfig
+	err error
+}
+
+type leaseResult struct {
+	lease lease.Lease
+	err   error
+}
+
+// loop is the node's only owner of device, engine and routes.
+func (r *runner) loop(ctx context.Context) error {
+	configs := make(chan configResult, 1)
+	leases := make(chan leaseResult, 1)
+	awaitConfig := func() {
+		r.etcdTasks.Go(func() {
+			cfg, err := r.mgr.AwaitConfig(r.etcd)
+			configs <- configResult{cfg, err}
+		})
+	}
+	acquire := func() {
+		// From here on etcd may hold our node id, known to us or not.
+		r.claiming = true
+		r.etcdTasks.Go(func() {
+			l, err := r.mgr.Acquire(r.etcd)
+			leases <- leaseResult{l, err}
+		})
+	}
+	var rejoin, useCache, settle, repair <-chan time.Time
+	if r.cached != nil {
+		useCache = time.After(cacheDelay)
+	}
+	// late decides what an error of the start means: with a snapshot to forward
+	// from it is reported and tried again, without one it ends the start.
+	late := func(err error) error {
+		if r.cached == nil || refused(err) {
+			return err
+		}
+		if useCache != nil {
+			useCache = nil
+			if err := r.startCached(); err != nil {
+				return err
+			}
+		}
+		r.noteJoinProblem(err)
+		rejoin = time.After(joinRetry/2 + rand.N(joinRetry))
+		return nil
+	}
+	reconcile := time.NewTicker(reconcileInterval)
+	defer reconcile.Stop()
+	publish := time.NewTicker(publishInterval)
+	defer publish.Stop()
+	r.setPhase(PhaseWaiting)
+	r.publish()
+	awaitConfig()
+	for {
+		var failed <-chan error
+		if r.eng != nil {
+			failed = r.eng.Failed()
+		}
+		var err error
+		select {
+		case <-ctx.Done():
+			return r.stop()
+		case c := <-configs:
+			if err = c.err; err == nil {
+				err = r.plan(c.cfg)
+			}
+			if err == nil {
+				acquire()
+			} else {
+				err = late(err)
+			}
+		case l := <-leases:
+			r.claiming = false
+			if l.err != nil {
+				err = late(l.err)
+				break
+			}
+			useCache = nil
+			err = r.join(l.lease)
+		case <-useCache:
+			useCache = nil
+			err = r.startCached()
+		case <-rejoin:
+			awaitConfig()
+		case <-r.mgr.Updates():
+			r.follow()
+		case <-r.watch.changed:
+			if settle == nil {
+				settle = time.After(netSettle)
+			}
+		case <-settle:
+			settle = nil
+			if r.reconcile() {
+				settle = time.After(pathInterval)
+			}
+		case <-reconcile.C:
+			r.reconcile()
+		case e := <-failed:
+			r.log.Warn("packet workers stopped; making device and engine again", "err", e)
+			r.rebuild()
+		case _, open := <-r.events:
+			if !open {
+				r.events = nil
+			} else if settle == nil {
+				settle = time.After(netSettle)
+			}
+		case <-repair:
+			repair = nil
+			r.rebuild()
+		case <-publish.C:
+		}
+		if err != nil {
+			return err
+		}
+		if r.needsRepair() && repair == nil {
+			repair = time.After(repairRetry)
+		}
+		r.publish()
+	}
+}
