@@ -56,6 +56,6 @@ func run(args []string, lookupEnv func(string) (string, bool), stderr io.Writer)
 }
 
 func fail(w io.Writer, err error) int {
-	fmt.Fprintln(w, "flanneld:", err)
+	fmt.Fprintln(w, "flanneld:", daemon.ErrorLine(err))
 	return 1
 }

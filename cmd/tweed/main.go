@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -35,7 +34,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitGood
 	}
 	err = asUsageError(cmd, err)
-	fmt.Fprintln(stderr, "tweed:", oneLine(err.Error()))
+	fmt.Fprintln(stderr, "tweed:", daemon.ErrorLine(err))
 	var usage *usageError
 	if errors.As(err, &usage) {
 		return exitUsage
@@ -54,6 +53,7 @@ const (
 // can run many command lines in one process.
 var commands = []func() *cobra.Command{
 	newUpCommand,
+	newDemoCommand,
 	newStatusCommand,
 	newPeersCommand,
 	newRoutesCommand,
@@ -108,9 +108,4 @@ Exit status: 0 good, 1 failed, 2 wrong usage.`,
 		}
 	}
 	return root
-}
-
-// oneLine keeps a message from any library on the one line errors have.
-func oneLine(s string) string {
-	return strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
 }

@@ -25,7 +25,7 @@ func (f *networkFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.backend, "backend", lease.BackendUDP, "`framing` between the nodes: udp or vxlan")
 	fs.IntVar(&f.port, "port", 0, "UDP `port` of the underlay; 0 means 8285 for udp, 8472 for vxlan")
 	fs.IntVar(&f.vni, "vni", 1, "VXLAN network `identifier`, 0 to 16777215")
-	fs.IntVar(&f.mtu, "mtu", 0, "Backend.MTU in `bytes`: the underlay's for vxlan, the overlay's for udp; 0 means each node's own")
+	fs.IntVar(&f.mtu, "mtu", 0, "underlay MTU in `bytes` that all nodes reckon with; 0 means each node's own")
 	fs.IntVar(&f.subnetLen, "subnet-len", 0, "prefix `length` of a node's subnet; 0 derives it (24 for a /16)")
 	fs.StringVar(&f.subnetMin, "subnet-min", "", "`address` of the first subnet a node may claim (default: the second)")
 	fs.StringVar(&f.subnetMax, "subnet-max", "", "`address` of the last subnet a node may claim (default: the last)")
@@ -113,6 +113,12 @@ func obstacles(old, next lease.NetworkConfig, leases []lease.Lease) []string {
 	}
 	if !next.Network.Contains(old.Network.Addr()) || next.Network.Bits() > old.Network.Bits() {
 		add("%s does not contain the old network %s", next.Network, old.Network)
+	}
+	for _, l := range leases {
+		if next.Network.Contains(l.PublicIP) && !old.Network.Contains(l.PublicIP) {
+			add("%s contains the underlay address %s of the node with %s", next.Network, l.PublicIP, l.Subnet)
+			break
+		}
 	}
 	if old.SubnetLen != next.SubnetLen {
 		add("the subnet length changes from %d to %d", old.SubnetLen, next.SubnetLen)

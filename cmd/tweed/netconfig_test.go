@@ -108,7 +108,7 @@ func TestNetworkSetRefusesWhatNoNodeCouldRun(t *testing.T) {
 
 func TestOnlyChangesThatRunningNodesCanFollowArePassed(t *testing.T) {
 	leases := []lease.Lease{
-		{Subnet: netip.MustParsePrefix("10.244.3.0/24")},
+		{Subnet: netip.MustParsePrefix("10.244.3.0/24"), Attrs: lease.Attrs{PublicIP: netip.MustParseAddr("10.250.0.3")}},
 		{Subnet: netip.MustParsePrefix("10.244.200.0/24")},
 	}
 	for _, c := range []struct {
@@ -116,7 +116,11 @@ func TestOnlyChangesThatRunningNodesCanFollowArePassed(t *testing.T) {
 		want            []string
 	}{
 		{"same", `{"Network":"10.244.0.0/16"}`, `{"Network":"10.244.0.0/16"}`, nil},
-		{"wider", `{"Network":"10.244.0.0/16"}`, `{"Network":"10.240.0.0/12"}`, nil},
+		{"wider", `{"Network":"10.244.0.0/16"}`, `{"Network":"10.244.0.0/15"}`, nil},
+		{
+			"over the underlay", `{"Network":"10.244.0.0/16"}`, `{"Network":"10.240.0.0/12"}`,
+			[]string{"10.240.0.0/12 contains the underlay address 10.250.0.3 of the node with 10.244.3.0/24"},
+		},
 		{"other bounds that hold all leases", `{"Network":"10.244.0.0/16"}`, `{"Network":"10.244.0.0/16","SubnetMin":"10.244.3.0"}`, nil},
 		{"backend", `{"Network":"10.244.0.0/16"}`, `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`, []string{"the backend changes from udp to vxlan"}},
 		{"port", `{"Network":"10.244.0.0/16"}`, `{"Network":"10.244.0.0/16","Backend":{"Type":"udp","Port":9000}}`, []string{"the port changes from the default to 9000"}},

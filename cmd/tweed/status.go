@@ -154,7 +154,8 @@ func printEtcd(line lineFunc, e node.EtcdStatus) {
 	if e.Synced {
 		state += fmt.Sprintf(", complete at revision %d", e.Revision)
 	}
-	line("etcd", "%s", words(state+",", strings.Join(e.Endpoints, ","), e.Prefix))
+	line("etcd", "%s", state)
+	line("", "%s", words(strings.Join(e.Endpoints, ","), e.Prefix))
 	if e.LastError != "" && !e.Connected {
 		line("etcd error", "%s", e.LastError)
 	}

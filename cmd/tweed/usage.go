@@ -7,6 +7,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"tweed/cmd/internal/daemon"
 )
 
 // usageError is a command line that cannot be carried out as typed. It ends
@@ -21,7 +23,7 @@ func newUsageError(cmd *cobra.Command, err error) error {
 }
 
 func (e *usageError) Error() string {
-	return fmt.Sprintf("%v (see: %s --help)", e.err, e.path)
+	return fmt.Sprintf("%s (see: %s --help)", daemon.ErrorLine(e.err), e.path)
 }
 
 func (e *usageError) Unwrap() error { return e.err }

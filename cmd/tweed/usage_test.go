@@ -23,7 +23,7 @@ func TestWrongUsageExits2AndSaysWhatToType(t *testing.T) {
 		{"up --workers many", `--workers "many": expected a whole number`},
 		{"up --ip-masq=perhaps", `--ip-masq "perhaps": expected true or false`},
 		{"up --lease-ttl 1day", `--lease-ttl "1day": expected a time such as 30s`},
-		{"up --mtu huge", `--mtu "huge": expected max or a number of bytes`},
+		{"up --mtu huge", `--mtu huge: expected max or a number of bytes`},
 		{"up --offload all", `--offload "all": expected auto, full, tso or none`},
 		{"up --log-level loud", `--log-level "loud": expected debug, info, warn or error`},
 		{"up --public-ip", "flag needs an argument: --public-ip"},
@@ -40,7 +40,8 @@ func TestWrongUsageExits2AndSaysWhatToType(t *testing.T) {
 		{"network set 10.244.0.0", `"10.244.0.0": expected an IPv4 network such as 10.244.0.0/16`},
 		{"network set fd00::/48", `"fd00::/48": expected an IPv4 network`},
 		{"network set 10.244.1.0/16", `"10.244.1.0/16": host bits are set; type: 10.244.0.0/16`},
-		{"network get --etcd-endpoints 127.0.0.1:2379", `--etcd-endpoints "127.0.0.1:2379": expected URLs`},
+		{"network get --etcd-endpoints ftp://127.0.0.1:2379", `etcd endpoint "ftp://127.0.0.1:2379" has scheme "ftp"`},
+		{"network get --etcd-endpoints http://127.0.0.1", `etcd endpoint "http://127.0.0.1" is not scheme://host:port`},
 		{"etcd --listen-client 127.0.0.1:2379", `--listen-client "127.0.0.1:2379": expected a URL`},
 		{"etcd --listen-client http://etcd.example:2379", "expected an IP address of this machine"},
 		{"etcd --listen-client https://127.0.0.1:2379", "expected https with --certfile and --keyfile"},
@@ -129,10 +130,4 @@ func TestEveryFlagHasItsOwnVariableAndAHelpText(t *testing.T) {
 		}
 	}
 	visit(newRootCommand(io.Discard, io.Discard))
-}
-
-func TestErrorsFromLibrariesStayOnOneLine(t *testing.T) {
-	if got := oneLine("first\nsecond\r\n"); got != "first; second" {
-		t.Errorf("got %q", got)
-	}
 }

@@ -48,6 +48,7 @@ type Flags struct {
 	leaseTTL                time.Duration
 	takeOver, releaseOnExit bool
 	stateDir, socket        string
+	nodeName                string
 	metricsAddr             string
 	logLevel, logFormat     string
 }
@@ -97,6 +98,7 @@ func (f *Flags) registerOwn(fs *flag.FlagSet, d Defaults) {
 	fs.DurationVar(&f.leaseTTL, "lease-ttl", 24*time.Hour, "life`time` of the lease when it is not renewed")
 	fs.BoolVar(&f.takeOver, "take-over", false, "take the lease with our public IP although another node id holds it")
 	fs.BoolVar(&f.releaseOnExit, "release-on-exit", false, "give the lease back on a clean exit")
+	fs.StringVar(&f.nodeName, "node-name", "", "`name` of this node in its lease and in status (default: the host name)")
 	fs.StringVar(&f.stateDir, "state-dir", "", "`directory` for everything this engine keeps (default: see docs/operating.md)")
 	fs.StringVar(&f.socket, "socket", "", "`path` of the API socket (default: api.sock in the state directory)")
 	fs.StringVar(&f.metricsAddr, "metrics-addr", "", "`host:port` that serves Prometheus metrics (default: none)")
@@ -145,6 +147,7 @@ func (f *Flags) Config() (node.Config, error) {
 	cfg.IPTablesForward, cfg.IPTablesResync = f.iptablesForward, time.Duration(f.iptablesResync)*time.Second
 	cfg.BlackholeRoute = f.blackhole
 	cfg.TUNName, cfg.MTU, cfg.Workers = f.tunName, f.mtu, f.workers
+	cfg.NodeName = f.nodeName
 	cfg.StateDir, cfg.Socket = f.stateDir, f.socket
 	cfg.MetricsAddr, cfg.HealthzIP, cfg.HealthzPort = f.metricsAddr, f.healthzIP, f.healthzPort
 	return cfg, nil
