@@ -1,0 +1,185 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"tweed/encap"
+	"tweed/netns"
+)
+
+const (
+	minDemoNodes = 2
+	maxDemoNodes = 16
+)
+
+// demoOptions are what the command line says about a demo.
+type demoOptions struct {
+	nodes    int
+	framings []encap.Framing
+	keep     bool
+	// runDir is the folder that holds the folder of each demo.
+	runDir string
+}
+
+func newDemoCommand() *cobra.Command {
+	var o demoOptions
+	var backend string
+	cmd := &cobra.Command{
+		Use:     "demo",
+		Short:   "Show a whole overlay on this machine, in network namespaces",
+		GroupID: groupRun,
+		Long: `demo builds an underlay and two or more nodes in network namespaces, starts an
+etcd and a node in each, and pings and transfers across the overlay. It needs
+nothing installed, and /dev/net/tun; without root it works in a user namespace.
+Everything is removed at the end, also after an error or Ctrl-C.`,
+		Example: `  tweed demo
+  tweed demo --nodes 4 --backend vxlan
+  tweed demo --keep && tweed demo down`,
+		Args: demoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.nodes < minDemoNodes || o.nodes > maxDemoNodes {
+				return newUsageError(cmd, fmt.Errorf("--nodes %d: expected %d to %d", o.nodes, minDemoNodes, maxDemoNodes))
+			}
+			var err error
+			if o.framings, err = demoFramings(backend); err != nil {
+				return newUsageError(cmd, err)
+			}
+			return inDemoNamespace(cmd, func(ctx context.Context) error {
+				return runDemo(ctx, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			})
+		},
+	}
+	fs := cmd.Flags()
+	fs.IntVar(&o.nodes, "nodes", 2, "`number` of nodes, 2 to 16")
+	fs.StringVar(&backend, "backend", "both", "`framing` of the overlay: udp, vxlan or both, one beside the other")
+	fs.BoolVar(&o.keep, "keep", false, "leave it running until `tweed demo down`")
+	completeWords(cmd, "backend", "udp", "vxlan", "both")
+	down := &cobra.Command{
+		Use:   "down",
+		Short: "Remove what `tweed demo --keep` left running",
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return demoDown(cmd.Context(), o.runDir, cmd.OutOrStdout())
+		},
+	}
+	for _, c := range []*cobra.Command{cmd, down} {
+		c.Flags().StringVar(&o.runDir, "run-dir", defaultDemoDir(), "`directory` for the demo's files")
+	}
+	cmd.AddCommand(down)
+	return cmd
+}
+
+// demoArgs refuses arguments; a word after "demo" was meant as a subcommand.
+func demoArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return newUsageError(cmd, unknownCommand(cmd, args[0]))
+}
+
+func demoFramings(backend string) ([]encap.Framing, error) {
+	if backend == "both" {
+		return []encap.Framing{encap.FramingUDP, encap.FramingVXLAN}, nil
+	}
+	f, err := encap.ParseFraming(backend)
+	if err != nil {
+		return nil, fmt.Errorf("--backend %q: expected udp, vxlan or both", backend)
+	}
+	return []encap.Framing{f}, nil
+}
+
+// inDemoNamespace calls f where it may make network namespaces: here, or in a
+// second run of this program inside a user namespace, whose exit status this
+// one then takes over.
+func inDemoNamespace(cmd *cobra.Command, f func(context.Context) error) error {
+	done, status, err := netns.Elevate()
+	if err != nil {
+		return fmt.Errorf("demo: %w", err)
+	}
+	if done {
+		os.Exit(status)
+	}
+	if err := checkTUNNode(); err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	defer stop()
+	err = f(ctx)
+	if ctx.Err() != nil && err != nil {
+		return errors.New("demo: interrupted; everything was removed")
+	}
+	return err
+}
+
+// checkTUNNode says before anything is built whether the nodes will be able to
+// open their TUN devices.
+func checkTUNNode() error {
+	const path = "/dev/net/tun"
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err == nil {
+		return f.Close()
+	}
+	uid, inside := netns.OutsideUID()
+	switch {
+	case inside && errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("demo: %s may not be opened by uid %s, not even as root of a user namespace; type: sudo chmod 0666 %s (harmless: creating a device takes CAP_NET_ADMIN), or: sudo %s", path, uid, path, selfName()+" demo")
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("demo: %s may not be opened here (a container's device rule?); run the container with: --device %s", path, path)
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("demo: no %s on this machine; type: sudo modprobe tun, or in a container: --device %s", path, path)
+	}
+	return fmt.Errorf("demo: %w", err)
+}
+
+// selfName is how the user called this program, to be shown in what to type.
+func selfName() string {
+	exe, err := os.Executable()
+	if err == nil && strings.Contains(exe, "/go-build") {
+		return "go run ./cmd/tweed"
+	}
+	if strings.Contains(os.Args[0], "/") {
+		return os.Args[0]
+	}
+	return filepath.Base(os.Args[0])
+}
+
+// printer writes the demo's progress: one line for each thing that works now.
+type printer struct{ w io.Writer }
+
+func (p printer) done(what, format string, args ...any) {
+	fmt.Fprintf(p.w, "✓ %-16s %s\n", what, fmt.Sprintf(format, args...))
+}
+
+// block prints what f writes, indented under the last line.
+func (p printer) block(f func(io.Writer)) {
+	var b strings.Builder
+	f(&b)
+	for line := range strings.Lines(b.String()) {
+		fmt.Fprint(p.w, "    ", line)
+	}
+}
+
+func (p printer) blank() { fmt.Fprintln(p.w) }
+
+// next prints what the user can type now.
+func (p printer) next(lines [][2]string) {
+	head := "Next:"
+	wide := 0
+	for _, l := range lines {
+		wide = max(wide, len(l[0]))
+	}
+	for _, l := range lines {
+		fmt.Fprintf(p.w, "%-6s%-*s  # %s\n", head, wide, l[0], l[1])
+		head = ""
+	}
+}
