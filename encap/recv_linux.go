@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -47,7 +48,7 @@ type RecvBatch struct {
 	iovs [recvSlots]unix.Iovec
 	srcs [recvSlots]rawSockaddr
 	ctrl [recvSlots][recvCtrl]byte
-	used int
+	used int // headers the last call filled in
 }
 
 // NewRecvBatch maps the buffers; Free unmaps them.
@@ -81,27 +82,57 @@ func (b *RecvBatch) Free() error {
 // It returns ErrClosed after Shutdown; any other error is permanent.
 func (s *Socket) Recv(b *RecvBatch) (int, error) {
 	for {
-		for i := range b.used {
-			h := &b.hdrs[i].hdr
-			h.Namelen = unix.SizeofSockaddrInet4
-			h.SetControllen(recvCtrl)
-		}
+		b.prepare()
 		n, _, e := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&b.hdrs[0])), recvSlots, unix.MSG_WAITFORONE, 0, 0)
-		switch {
-		case s.closing.Load():
-			// A woken call may claim messages of length 0: only the flag counts.
-			return 0, ErrClosed
-		case e == 0:
-			b.used = int(n)
-			return int(n), nil
-		case e == unix.EINTR || e == unix.EAGAIN || e == unix.ECONNREFUSED || e == unix.ENOMEM || e == unix.ENOBUFS:
-			// ECONNREFUSED is the ICMP answer to some earlier send: nobody's here.
-			b.used = recvSlots
-		default:
-			return 0, fmt.Errorf("encap: receive: %w", e)
+		if done, err := s.received(b, int(n), e); done {
+			return b.used, err
 		}
 	}
 }
+
+// TryRecv is Recv without waiting: it returns 0 when there is no message.
+func (s *Socket) TryRecv(b *RecvBatch) (int, error) {
+	b.prepare()
+	// The call does not block, so the scheduler need not know.
+	n, _, e := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&b.hdrs[0])), recvSlots, unix.MSG_DONTWAIT, 0, 0)
+	if done, err := s.received(b, int(n), e); done {
+		return b.used, err
+	}
+	return 0, nil
+}
+
+// FD returns the descriptor, to wait on.
+func (s *Socket) FD() int { return s.fd }
+
+// prepare resets what the last call wrote.
+func (b *RecvBatch) prepare() {
+	for i := range b.used {
+		h := &b.hdrs[i].hdr
+		h.Namelen = unix.SizeofSockaddrInet4
+		h.SetControllen(recvCtrl)
+	}
+}
+
+// received takes the outcome of a call: done, with the number of messages in
+// b.used, or to be tried again.
+func (s *Socket) received(b *RecvBatch, n int, e syscall.Errno) (done bool, err error) {
+	b.used = 0
+	switch {
+	case s.closing.Load():
+		// A woken call may claim messages of length 0: only the flag counts.
+		return true, ErrClosed
+	case e == 0:
+		b.used = n
+		return true, nil
+	case e == unix.EINTR || e == unix.EAGAIN || e == unix.ECONNREFUSED || e == unix.ENOMEM || e == unix.ENOBUFS:
+		// ECONNREFUSED is the ICMP answer to some earlier send: nobody is there.
+		return false, nil
+	}
+	return true, fmt.Errorf("encap: receive: %w", e)
+}
+
+// Full reports whether the last call may have left messages in the socket.
+func (b *RecvBatch) Full() bool { return b.used == recvSlots }
 
 // Message returns message i of the last Recv.
 func (b *RecvBatch) Message(i int) Message {

@@ -2,11 +2,11 @@
 // batched UDP sockets through a table of peers, and keeps the ledger of what
 // became of every packet.
 //
-//	transmit worker i:  queue i -> table -> prefix -> sendmmsg
-//	receive worker i:   recvmmsg -> checks -> coalescer -> queue i
+//	transmit:  queue i -> table -> prefix -> sendmmsg
+//	receive:   recvmmsg -> checks -> coalescer -> queue i
 //
-// A worker is one locked thread that runs to completion: between reading and
-// sending there is no channel, lock, allocation or log line. The engine is fed
+// Both run to completion on locked threads: between reading and sending there
+// is no channel, lock, allocation or log line. The engine is fed
 // complete snapshots and never sees etcd. While nobody applies a new snapshot,
 // it goes on with the last one.
 package engine
@@ -80,6 +80,7 @@ type Engine struct {
 	sockets []*encap.Socket // all of them
 	tx      []*txWorker
 	rx      []*rxWorker
+	pairs   []*pair
 	running sync.WaitGroup
 	failed  chan error
 	closing atomic.Bool
@@ -142,6 +143,11 @@ func (e *Engine) open() error {
 			return err
 		}
 		e.tx = append(e.tx, w)
+		p, err := newPair(w, e.rx[len(e.rx)-len(listen):])
+		if err != nil {
+			return err
+		}
+		e.pairs = append(e.pairs, p)
 	}
 	e.cfg.Listen = listen
 	return nil
@@ -216,11 +222,11 @@ func (e *Engine) Start() error {
 	if need := len(e.tx) + len(e.rx) + 2; runtime.GOMAXPROCS(0) < need {
 		runtime.GOMAXPROCS(need)
 	}
-	for _, w := range e.tx {
-		e.work(w.run)
-	}
-	for _, w := range e.rx {
-		e.work(w.run)
+	for _, p := range e.pairs {
+		e.work(p.transmit)
+		for i := range p.rx {
+			e.work(func() error { return p.receive(i) })
+		}
 	}
 	return nil
 }
@@ -229,7 +235,7 @@ func (e *Engine) work(run func() error) {
 	e.running.Go(func() {
 		runtime.LockOSThread()
 		err := run()
-		if err == nil || e.closing.Load() || errors.Is(err, tun.ErrClosed) || errors.Is(err, encap.ErrClosed) {
+		if err == nil || e.closing.Load() || errors.Is(err, encap.ErrClosed) {
 			return
 		}
 		select {
@@ -244,15 +250,11 @@ func (e *Engine) work(run func() error) {
 // closed and made anew.
 func (e *Engine) Failed() <-chan error { return e.failed }
 
-// Close stops the workers and closes the sockets. The device stays open, but
-// its queues have been woken and cannot be read again.
+// Close stops the workers and closes the sockets. The device stays open.
 func (e *Engine) Close() error {
 	e.closing.Store(true)
-	for _, w := range e.tx {
-		w.queue.Wake()
-	}
-	for _, w := range e.rx {
-		w.sock.Shutdown()
+	for _, p := range e.pairs {
+		p.stop()
 	}
 	e.running.Wait()
 	return e.free()
@@ -266,10 +268,13 @@ func (e *Engine) free() error {
 	for _, w := range e.rx {
 		errs = append(errs, w.batch.Free())
 	}
+	for _, p := range e.pairs {
+		errs = append(errs, p.free())
+	}
 	for _, s := range e.sockets {
 		errs = append(errs, s.Close())
 	}
-	e.tx, e.rx, e.sockets = nil, nil, nil
+	e.tx, e.rx, e.pairs, e.sockets = nil, nil, nil, nil
 	return errors.Join(errs...)
 }
 

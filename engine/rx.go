@@ -2,10 +2,7 @@ package engine
 
 import (
 	"encoding/binary"
-	"fmt"
-	"runtime"
 	"sync/atomic"
-	"time"
 
 	"tweed/encap"
 	"tweed/engine/tap"
@@ -53,21 +50,6 @@ func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker,
 		}
 	}
 	return w, nil
-}
-
-func (w *rxWorker) run() error {
-	yielded := time.Now()
-	for {
-		n, err := w.sock.Recv(w.batch)
-		if err != nil {
-			return fmt.Errorf("engine: receive: %w", err)
-		}
-		w.round(n)
-		if now := time.Now(); now.Sub(yielded) > yieldEvery {
-			yielded = now
-			runtime.Gosched()
-		}
-	}
 }
 
 // round delivers the n messages of the last Recv.

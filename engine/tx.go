@@ -2,11 +2,8 @@ package engine
 
 import (
 	"encoding/binary"
-	"fmt"
 	"net/netip"
-	"runtime"
 	"sync/atomic"
-	"time"
 
 	"tweed/encap"
 	"tweed/engine/table"
@@ -20,9 +17,6 @@ const (
 	vxlanSources = 4
 	// headerSlab holds the headers of the segments of one send.
 	headerSlab = 64 << 10
-	// yieldEvery is how often a worker gives up its processor. A goroutine that
-	// never does is preempted in every system call after 10 ms (sysmon).
-	yieldEvery = 5 * time.Millisecond
 )
 
 // out is a socket and the batch it will send. All peers of an out have the
@@ -91,21 +85,7 @@ func newTxWorker(e *Engine, q *tun.Queue, udp *encap.Socket) (*txWorker, error) 
 	return w, nil
 }
 
-func (w *txWorker) run() error {
-	yielded := time.Now()
-	for {
-		if err := w.queue.Read(w.batch); err != nil {
-			return fmt.Errorf("engine: transmit: %w", err)
-		}
-		w.round()
-		if now := time.Now(); now.Sub(yielded) > yieldEvery {
-			yielded = now
-			runtime.Gosched()
-		}
-	}
-}
-
-// round sends what the last Read brought.
+// round sends what the last TryRead brought.
 func (w *txWorker) round() {
 	v := w.engine.view.Load()
 	w.tap.begin(&w.engine.tap)

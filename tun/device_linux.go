@@ -105,12 +105,7 @@ func openQueue(name string, flags uint16) (*Queue, string, error) {
 		unix.Close(fd)
 		return nil, "", createError(name, err)
 	}
-	q, err := newQueue(fd)
-	if err != nil {
-		unix.Close(fd)
-		return nil, "", err
-	}
-	return q, ifr.Name(), nil
+	return newQueue(fd), ifr.Name(), nil
 }
 
 func openError(err error) error {
@@ -216,14 +211,10 @@ func (d *Device) OffloadReason() string { return d.why }
 // that nobody receives are dropped. The channel is closed by Close.
 func (d *Device) Events() <-chan wgtun.Event { return d.events }
 
-// Close wakes the readers and removes the device. No Read or Write may be
-// running or follow. Calls after the first do nothing.
+// Close removes the device. No read or write may be running or follow. Calls after the first do nothing.
 func (d *Device) Close() error {
 	var err error
 	d.once.Do(func() {
-		for _, q := range d.queues {
-			q.Wake()
-		}
 		if d.wg != nil {
 			err = d.wg.Close()
 			d.pumped.Wait()

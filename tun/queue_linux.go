@@ -21,12 +21,8 @@ const (
 	slabLen = 8*(maxPacket+1) + 64*1024
 )
 
-var (
-	// ErrClosed is returned by Read after Wake.
-	ErrClosed = errors.New("tun: queue is closed")
-	// ErrGone is returned when the device has been deleted under the queue.
-	ErrGone = errors.New("tun: the device has been deleted")
-)
+// ErrGone is returned when the device has been deleted under the queue.
+var ErrGone = errors.New("tun: the device has been deleted")
 
 // Packet is one packet of a ReadBatch.
 type Packet struct {
@@ -34,7 +30,7 @@ type Packet struct {
 	off, len uint32
 }
 
-// ReadBatch holds what one Read drained from a queue. It belongs to one goroutine.
+// ReadBatch holds what one TryRead drained from a queue. It belongs to one goroutine.
 type ReadBatch struct {
 	slab    []byte // mapped, not Go heap
 	packets [maxRead]Packet
@@ -60,16 +56,33 @@ func (b *ReadBatch) Free() error {
 	return err
 }
 
-// Packets returns what the last Read brought, borrowed until the next Read.
+// Packets returns what the last TryRead brought, borrowed until the next.
 func (b *ReadBatch) Packets() []Packet { return b.packets[:b.n] }
 
 // Bytes returns the packet with room bytes before it, at most Headroom, to
-// write a prefix to. The slice is borrowed until the next Read.
+// write a prefix to. The slice is borrowed until the next
+// TryRead.
 func (b *ReadBatch) Bytes(p *Packet, room int) []byte {
 	return b.slab[int(p.off)-room : p.off+p.len : p.off+p.len]
 }
 
-// Load puts packets into the batch as a Read would, each with its virtio
+// Full reports whether the last TryRead may have left packets in the queue.
+func (b *ReadBatch) Full() bool {
+	return b.n == maxRead || len(b.slab)-b.end() < Headroom+maxPacket
+}
+
+// Size returns the bytes of all packets, gaps included.
+func (b *ReadBatch) Size() int { return b.end() }
+
+func (b *ReadBatch) end() int {
+	if b.n == 0 {
+		return 0
+	}
+	p := &b.packets[b.n-1]
+	return int(p.off + p.len)
+}
+
+// Load puts packets into the batch as a TryRead would, each with its virtio
 // header in front; for tests of what consumes a batch.
 func (b *ReadBatch) Load(raw ...[]byte) {
 	b.n = 0
@@ -93,40 +106,26 @@ func (b *ReadBatch) take(at, n int) int {
 	return off + n - vnetHdrLen
 }
 
-// Queue is one queue of a TUN device. Read may be used by one goroutine, Write
-// by any number at the same time.
+// Queue is one queue of a TUN device. TryRead may be used by one goroutine at a
+// time, Write by any number at once.
 type Queue struct {
-	fd   int
-	wake int // eventfd
+	fd int
 	// noGSO is set when the kernel refuses super-packets on write.
 	noGSO atomic.Bool
 	// writev is the system call, a field so that a test can script errors.
 	writev func(fd int, iovs []unix.Iovec) syscall.Errno
 }
 
-func newQueue(fd int) (*Queue, error) {
-	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return nil, fmt.Errorf("tun: eventfd: %w", err)
-	}
-	return &Queue{fd: fd, wake: wake, writev: writev}, nil
-}
+func newQueue(fd int) *Queue { return &Queue{fd: fd, writev: writev} }
 
-// Read blocks until there is at least one packet, then drains the queue
-// without blocking until it is empty or the batch is full. It returns
-// ErrClosed after Wake and ErrGone when the device was deleted.
-func (q *Queue) Read(b *ReadBatch) error {
-	for {
-		if err := q.drain(b); err != nil || b.n > 0 {
-			return err
-		}
-		if err := q.wait(); err != nil {
-			return err
-		}
-	}
-}
+// FD returns the descriptor, to wait on. It becomes readable when TryRead would
+// find a packet, and reports an error when the device is gone.
+func (q *Queue) FD() int { return q.fd }
 
-func (q *Queue) drain(b *ReadBatch) error {
+// TryRead drains the queue without blocking until it is empty or the batch is
+// full. An empty batch means that there was nothing. It returns ErrGone when
+// the device was deleted.
+func (q *Queue) TryRead(b *ReadBatch) error {
 	b.n = 0
 	for at := 0; b.n < maxRead && len(b.slab)-at >= Headroom+maxPacket; {
 		buf := b.slab[at+Headroom-vnetHdrLen:]
@@ -150,35 +149,7 @@ func (q *Queue) drain(b *ReadBatch) error {
 	return nil
 }
 
-// wait blocks until the queue is readable or Wake is called.
-func (q *Queue) wait() error {
-	fds := [2]unix.PollFd{{Fd: int32(q.fd), Events: unix.POLLIN}, {Fd: int32(q.wake), Events: unix.POLLIN}}
-	for {
-		_, _, e := unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds[0])), uintptr(len(fds)), 0, 0, 0, 0)
-		switch {
-		case e == unix.EINTR:
-			continue
-		case e != 0:
-			return fmt.Errorf("tun: poll: %w", e)
-		case fds[1].Revents != 0:
-			return ErrClosed
-		case fds[0].Revents&(unix.POLLERR|unix.POLLHUP|unix.POLLNVAL) != 0:
-			return ErrGone
-		}
-		return nil
-	}
-}
-
-// Wake makes a blocked or later Read return ErrClosed.
-func (q *Queue) Wake() {
-	one := [8]byte{7: 1, 0: 1}
-	_, _ = unix.Write(q.wake, one[:])
-}
-
-func (q *Queue) close() error {
-	unix.Close(q.wake)
-	return unix.Close(q.fd)
-}
+func (q *Queue) close() error { return unix.Close(q.fd) }
 
 func writev(fd int, iovs []unix.Iovec) syscall.Errno {
 	for {
