@@ -5,6 +5,8 @@ import (
 	"log/slog"
 	"sync"
 	"time"
+
+	"tweed/netns"
 )
 
 // rulesKeeper keeps the traffic rules in force, in a goroutine of its own
@@ -25,13 +27,13 @@ type rulesRequest struct {
 	done chan error
 }
 
-func startRules(ns *netNS, resync time.Duration, log *slog.Logger) *rulesKeeper {
+func startRules(home *netns.Namespace, resync time.Duration, log *slog.Logger) *rulesKeeper {
 	k := &rulesKeeper{
 		log: log, resync: resync,
 		want: make(chan rulesRequest), done: make(chan struct{}),
 		status: RulesStatus{Mode: "none"},
 	}
-	ns.run(k.run)
+	goIn(home, k.run)
 	return k
 }
 

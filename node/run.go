@@ -18,6 +18,7 @@ import (
 
 	"tweed/engine"
 	"tweed/lease"
+	"tweed/netns"
 	"tweed/tun"
 )
 
@@ -62,7 +63,7 @@ type runner struct {
 	newID     bool // node.json was made by this start
 	locked    map[string]*nsLock
 
-	ns    *netNS
+	home  *netns.Namespace // of the thread that called Run
 	nl    *netlink.Handle
 	u     underlay
 	host  *hostNet
@@ -152,10 +153,10 @@ func (r *runner) setPhase(p Phase) {
 // prepare does everything that can fail locally, before etcd is asked.
 func (r *runner) prepare() error {
 	var err error
-	if r.ns, err = currentNetNS(); err != nil {
+	if r.home, err = netns.Current(); err != nil {
 		return err
 	}
-	r.undo(r.ns.close)
+	r.undo(func() { r.home.Close() })
 	if r.nl, err = netlink.NewHandle(); err != nil {
 		return fmt.Errorf("netlink: %w", err)
 	}
@@ -192,7 +193,7 @@ func (r *runner) prepare() error {
 		return fmt.Errorf("watch links and routes: %w", err)
 	}
 	r.undo(func() { r.watch.close() })
-	r.rules = startRules(r.ns, r.cfg.IPTablesResync, r.log)
+	r.rules = startRules(r.home, r.cfg.IPTablesResync, r.log)
 	r.undo(r.rules.close)
 	r.mgr = lease.NewManager(lease.ManagerConfig{
 		Registry: r.reg,
