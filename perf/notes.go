@@ -1,0 +1,56 @@
+package main
+
+import "fmt"
+
+// engineThreads is how many threads a load keeps busy: client, server, and in
+// each of the two engines one that sends and one that receives.
+const engineThreads = 6
+
+// noisySteal, in percent, and noisyLoad, as a share of the cores, are above
+// what a quiet machine shows.
+const (
+	noisySteal = 2.0
+	noisyLoad  = 0.25
+)
+
+// notes say what limits the figures on this machine, and what to expect of
+// another.
+func (r *Report) notes() []string {
+	cores := r.Host.Cores
+	var out []string
+	if cores < engineThreads {
+		out = append(out, fmt.Sprintf("Limit here: %s for everything. The client, the server and the send and receive threads of two engines "+
+			"want up to %d at once, so throughput measures the CPU all of them use together, not how fast one engine can go. "+
+			"Between two hosts each engine has only one program beside it.", plural(cores, "core"), engineThreads))
+	} else {
+		out = append(out, fmt.Sprintf("Limit here: one thread. %d cores are enough for the client, the server and the send and receive threads "+
+			"of both engines, but all of them share caches and memory bandwidth.", cores))
+	}
+	out = append(out,
+		"Link virtual: super-packets of up to 64 KB cross the veth pair whole, so the kernel's vxlan never cuts a byte to frames. "+
+			"That is its best case, and only the case between containers or virtual machines of one host.",
+		"Link wire: every frame has the size of a real one, but cutting, merging and checksums are software on the same cores. "+
+			"A real network card does them in hardware for raw and mostly for the kernel's vxlan, and spreads flows over queues and cores; "+
+			"it adds interrupts, its own latency and a line rate. For bulk TCP the ratios on a real card should lie between the two links, "+
+			"for small packets near link wire; this is reasoning, only a run between two hosts can tell.",
+		"UDP is sent without pacing, so what counts is what arrives. Where cores are short a subject that drops early, before it has "+
+			"paid for a packet, shows more than one that drops late.",
+		"engines: CPU of both engine processes, the kernel's work for them included. machine: all busy CPU, the programs at both ends "+
+			"included; the only cost that can be compared with the kernel's vxlan, which has no process.",
+		"ping: from the sender's clock to the kernel's time stamp on the reply. Most of it is waking up threads on idle cores, "+
+			"which differs a lot between machines and power settings.",
+	)
+	if r.Host.Virtual {
+		out = append(out, "This is a virtual machine: waking up a halted core and switching threads costs more than on hardware.")
+	}
+	if r.Host.Load > noisyLoad*float64(cores) {
+		out = append(out, fmt.Sprintf("NOT QUIET: the load average was %s when the run began. Repeat it on an idle machine.", number(r.Host.Load)))
+	}
+	if r.Steal > noisySteal {
+		out = append(out, fmt.Sprintf("NOT QUIET: the hypervisor gave %s %% of this machine to others during the run.", number(r.Steal)))
+	}
+	if r.Settings.Rounds < 3 || r.Settings.Seconds < 3 {
+		out = append(out, "TOO SHORT for a verdict: use at least --rounds 3 --seconds 3, better 5 and 4.")
+	}
+	return out
+}

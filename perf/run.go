@@ -1,0 +1,246 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"tweed/netns"
+)
+
+// settle is the pause before each measurement, in which what the one before
+// left in queues and sockets drains.
+const settle = 200 * time.Millisecond
+
+// bench is a run: its parameters, the processes and files it needs, and the
+// report it fills.
+type bench struct {
+	opt      *options
+	launcher *netns.Launcher
+	// dir holds logs, keys and state until the run is over.
+	dir string
+	// tweed is the binary to measure, iperf3 the path of iperf3, etcd the host
+	// and port of etcd, commit the revision tweed was built from.
+	tweed, iperf3, etcd, commit string
+	// logs and prefixes count what needs names of its own.
+	logs, prefixes int
+	cleanup        []func()
+	progress       io.Writer
+	report         *Report
+}
+
+// close ends what the run started and removes its files.
+func (b *bench) close() {
+	for _, f := range slices.Backward(b.cleanup) {
+		f()
+	}
+	b.launcher.Close()
+	os.RemoveAll(b.dir)
+}
+
+// run does all rounds. On an interrupt it returns the cause; the report then
+// holds the rounds so far.
+func (b *bench) run(ctx context.Context) error {
+	for round := 1; round <= b.opt.rounds; round++ {
+		for _, link := range b.opt.links {
+			if err := b.round(ctx, round, link); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// round brings every subject up on a pair of its own, lets all take turns at
+// each load, and takes them down. Neighbours in time are then different
+// subjects under one load, and a machine that drifts slows them all alike.
+func (b *bench) round(ctx context.Context, round int, link string) error {
+	var overlays []*overlay
+	defer func() {
+		for _, o := range overlays {
+			o.down()
+		}
+	}()
+	for _, s := range b.opt.subjects {
+		if b.report.failed(s.name, link) {
+			continue
+		}
+		o, err := b.bring(ctx, s, round, link)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			b.report.Failures = append(b.report.Failures, Failure{Round: round, Link: link, Subject: s.name, Error: err.Error()})
+			fmt.Fprintf(b.progress, "%s left out on the %s link: %v\n", s.name, link, err)
+			continue
+		}
+		overlays = append(overlays, o)
+	}
+	for i, l := range b.opt.loads {
+		samples := make([]Sample, len(overlays))
+		var err error
+		if l.kind == loadIdle {
+			err = b.idle(ctx, overlays, samples)
+		} else {
+			err = b.turns(ctx, l, overlays, samples, round+i)
+		}
+		if err != nil {
+			return err
+		}
+		for j, o := range overlays {
+			s := &samples[j]
+			s.Round, s.Link, s.Subject, s.Load = round, link, o.subject, l.name
+			b.report.Samples = append(b.report.Samples, *s)
+			b.say(l, s)
+		}
+	}
+	return nil
+}
+
+// turns measures one load on every subject. The order is turned on by one each
+// time, so that no subject always has the same neighbour.
+func (b *bench) turns(ctx context.Context, l load, overlays []*overlay, samples []Sample, turn int) error {
+	for i := range overlays {
+		i = (i + turn) % len(overlays)
+		if err := sleep(ctx, settle); err != nil {
+			return err
+		}
+		samples[i] = b.measure(ctx, l, overlays[i])
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// bring brings a subject up and checks that its far side answers.
+func (b *bench) bring(ctx context.Context, s chosen, round int, link string) (*overlay, error) {
+	p, err := newPair(link)
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(b.dir, fmt.Sprintf("%s-%d-%s", link, round, s.name))
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		p.close()
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*startLimit+answerLimit)
+	defer cancel()
+	o, err := s.up(ctx, b, p, dir)
+	if err == nil {
+		err = reachable(ctx, o, answerLimit)
+	}
+	var mtu int
+	if err == nil {
+		mtu, err = o.mtu()
+	}
+	if err != nil {
+		err = fmt.Errorf("%w%s", err, o.logs())
+		o.down()
+		return nil, err
+	}
+	b.report.setMTU(s.name, mtu)
+	return o, nil
+}
+
+// measure runs one load on one subject.
+func (b *bench) measure(ctx context.Context, l load, o *overlay) Sample {
+	s, err := b.tryMeasure(ctx, l, o)
+	if err != nil {
+		s = Sample{Discarded: err.Error()}
+	}
+	return s
+}
+
+func (b *bench) tryMeasure(ctx context.Context, l load, o *overlay) (Sample, error) {
+	before, err := o.read()
+	if err != nil {
+		return Sample{}, err
+	}
+	var t traffic
+	if l.kind == loadPing {
+		t.values, err = b.runPing(ctx, o)
+		t.packets = float64(b.opt.pings) * (1 - pingLossLimit)
+	} else {
+		t, err = b.runIperf3(ctx, l, o)
+	}
+	if err != nil {
+		return Sample{}, err
+	}
+	after, err := o.read()
+	if err != nil {
+		return Sample{}, err
+	}
+	moved := after.since(before)
+	if err := o.crossed(l, t, moved); err != nil {
+		return Sample{}, err
+	}
+	moved.costs(l, t, len(o.engines) > 0)
+	return Sample{Values: t.values}, nil
+}
+
+// idle watches all engines at once while nothing is sent.
+func (b *bench) idle(ctx context.Context, overlays []*overlay, samples []Sample) error {
+	if err := sleep(ctx, settle); err != nil {
+		return err
+	}
+	began := time.Now()
+	before := make([]reading, len(overlays))
+	for i, o := range overlays {
+		var err error
+		if before[i], err = o.read(); err != nil {
+			samples[i].Discarded = err.Error()
+		}
+	}
+	if err := sleep(ctx, time.Duration(b.opt.idle)*time.Second); err != nil {
+		return err
+	}
+	elapsed := time.Since(began)
+	for i, o := range overlays {
+		if samples[i].Discarded != "" {
+			continue
+		}
+		values, err := o.idleValues(before[i], elapsed)
+		if err != nil {
+			samples[i].Discarded = err.Error()
+			continue
+		}
+		samples[i].Values = values
+	}
+	return nil
+}
+
+// say prints one line about a sample.
+func (b *bench) say(l load, s *Sample) {
+	text := "discarded: " + s.Discarded
+	if s.Discarded == "" {
+		text = ""
+		for _, row := range l.rows() {
+			if v, ok := s.Values[row.Metric]; ok {
+				text += fmt.Sprintf("  %s %s", number(v), row.Unit)
+			}
+		}
+	}
+	fmt.Fprintf(b.progress, "%d/%d %-8s %-14s %-16s%s\n", s.Round, b.opt.rounds, s.Link, l.name, s.Subject, text)
+}
+
+// failed tells the subjects that are left out on a link.
+func (r *Report) failed(subject, link string) bool {
+	return slices.ContainsFunc(r.Failures, func(f Failure) bool { return f.Subject == subject && f.Link == link })
+}
+
+func (r *Report) setMTU(subject string, mtu int) {
+	for i := range r.Subjects {
+		if r.Subjects[i].Name == subject {
+			r.Subjects[i].MTU = mtu
+		}
+	}
+}
+
+// errInterrupted is the cause of a run that was stopped by a signal.
+var errInterrupted = errors.New("interrupted")
