@@ -162,7 +162,11 @@ type audit struct {
 // why it did.
 func (m *Manager) watch(ctx context.Context) (err error) {
 	m.mu.Lock()
-	leasesFrom, configFrom := m.table.rev+1, m.configRev+1
+	// From the last revision that is applied, not the one after it: etcd answers
+	// no progress request while a watch of the stream starts in the future (server
+	// storage/mvcc/watchable_store.go, progressIfSync), and a quiet etcd may stay
+	// at this revision for hours. What comes twice is dropped.
+	leasesFrom, configFrom := max(m.table.rev, 1), max(m.configRev, 1)
 	settle := time.Until(m.mergeUntil)
 	m.deleted = nil
 	m.mu.Unlock()
@@ -281,7 +285,9 @@ func (m *Manager) applyLeaseEvents(events []*mvccpb.Event) {
 	}
 	for _, ev := range events {
 		if ev.Kv.ModRevision <= applied {
-			m.state.Counters.StaleEvents++
+			if ev.Kv.ModRevision < applied {
+				m.state.Counters.StaleEvents++
+			}
 			continue
 		}
 		kv := m.reg.keyValue(ev.Kv)
@@ -322,8 +328,9 @@ func (m *Manager) applyConfigEvents(events []*mvccpb.Event) {
 	note := ""
 	for i, ev := range events {
 		switch {
-		case ev.Kv.ModRevision <= m.configRev:
+		case ev.Kv.ModRevision < m.configRev:
 			m.state.Counters.StaleEvents++
+		case ev.Kv.ModRevision == m.configRev:
 		case i == len(events)-1 && ev.Type == mvccpb.Event_DELETE:
 			note = m.applyConfig(nil, ev.Kv.ModRevision)
 		case i == len(events)-1:
