@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -37,8 +38,12 @@ type Listen struct {
 
 // Config is what an Engine is made of. All of it is fixed for its lifetime.
 type Config struct {
-	// Device is the opened TUN device; one worker pair serves each of its queues.
+	// Device is the opened TUN device; one worker pair serves each of its
+	// queues. Nil means that the host is not part of the overlay: only attached
+	// ports are served.
 	Device *tun.Device
+	// Offload is the highest rung for the sockets when there is no Device.
+	Offload tun.Offload
 	// MTU is the device's MTU in bytes.
 	MTU int
 	// Listen has one entry for each framing to receive. The udp framing is
@@ -65,6 +70,7 @@ type view struct {
 	// base and mask are our subnet, addr the TUN's address, host byte order.
 	base, mask, addr uint32
 	vxlan            encap.VXLANReceiver
+	ports            map[uint32]*port // by address; nil without any
 }
 
 // Engine forwards packets. Its methods are safe for concurrent use, but Start
@@ -74,8 +80,11 @@ type Engine struct {
 	log  *slog.Logger
 	view atomic.Pointer[view]
 	tap  atomic.Pointer[tap.Set]
-	// apply serialises Apply, which reads the view it replaces, and SetTap.
+	// apply serialises what replaces the view, the tap and the workers.
 	apply sync.Mutex
+
+	ports    *portSource // serves ports; nil until there are any
+	lastPort PortID
 
 	sockets []*encap.Socket // all of them
 	tx      []*txWorker
@@ -89,6 +98,7 @@ type Engine struct {
 // New opens the sockets and prepares the workers. The error of a port in use,
 // a foreign address or a missing permission names the address.
 func New(cfg Config) (*Engine, error) {
+	cfg.Listen = slices.Clone(cfg.Listen)
 	e := &Engine{cfg: cfg, log: cfg.Log, failed: make(chan error, 1)}
 	if e.log == nil {
 		e.log = slog.Default()
@@ -101,56 +111,86 @@ func New(cfg Config) (*Engine, error) {
 	return e, nil
 }
 
-// open makes a transmit worker and one receive worker a framing for each queue.
+// open makes a pair for each queue of the device, or one for the ports.
 func (e *Engine) open() error {
-	queues := e.cfg.Device.Queues()
-	shared := len(queues) > 1
-	listen := append([]Listen(nil), e.cfg.Listen...)
-	for i := range listen {
+	var sources []source
+	if e.cfg.Device != nil {
+		for _, q := range e.cfg.Device.Queues() {
+			sources = append(sources, deviceSource{q})
+		}
+	} else {
+		src, err := newPortSource()
+		if err != nil {
+			return err
+		}
+		e.ports = src
+		sources = append(sources, src)
+	}
+	shared := len(sources) > 1
+	for i := range e.cfg.Listen {
 		if shared {
 			// SO_REUSEPORT would let us share the port of another program of
 			// the same user, so see first that it is free.
-			if err := e.probe(&listen[i]); err != nil {
+			if err := e.probe(&e.cfg.Listen[i]); err != nil {
 				return err
 			}
 		}
 	}
-	for _, q := range queues {
+	for _, src := range sources {
+		var rx []*rxWorker
 		var udp *encap.Socket
-		for i, l := range listen {
-			s, err := e.socket(encap.SocketConfig{Addr: l.Addr, Shared: shared})
+		for i := range e.cfg.Listen {
+			w, err := e.listen(&e.cfg.Listen[i], shared, src)
 			if err != nil {
 				return err
 			}
-			if l.Addr.Port() == 0 {
-				a, err := s.LocalAddr()
-				if err != nil {
-					return err
-				}
-				listen[i].Addr = a
+			if w.framing == encap.FramingUDP {
+				udp = w.sock
 			}
-			if l.Framing == encap.FramingUDP {
-				udp = s
-			}
-			w, err := newRxWorker(e, listen[i], s, q)
-			if err != nil {
-				return err
-			}
-			e.rx = append(e.rx, w)
+			rx = append(rx, w)
 		}
-		w, err := newTxWorker(e, q, udp)
-		if err != nil {
+		if _, err := e.addPair(src, rx, udp); err != nil {
 			return err
 		}
-		e.tx = append(e.tx, w)
-		p, err := newPair(w, e.rx[len(e.rx)-len(listen):])
-		if err != nil {
-			return err
-		}
-		e.pairs = append(e.pairs, p)
 	}
-	e.cfg.Listen = listen
 	return nil
+}
+
+// listen makes a receive worker.
+func (e *Engine) listen(l *Listen, shared bool, src source) (*rxWorker, error) {
+	s, err := e.socket(encap.SocketConfig{Addr: l.Addr, Shared: shared})
+	if err != nil {
+		return nil, err
+	}
+	if l.Addr.Port() == 0 {
+		if l.Addr, err = s.LocalAddr(); err != nil {
+			return nil, err
+		}
+	}
+	var q *tun.Queue
+	if d, ok := src.(deviceSource); ok {
+		q = d.Queue
+	}
+	w, err := newRxWorker(e, *l, s, q)
+	if err == nil {
+		e.rx = append(e.rx, w)
+	}
+	return w, err
+}
+
+// addPair makes the pair of a source and its receive workers.
+func (e *Engine) addPair(src source, rx []*rxWorker, udp *encap.Socket) (*pair, error) {
+	w, err := newTxWorker(e, src, udp)
+	if err != nil {
+		return nil, err
+	}
+	e.tx = append(e.tx, w)
+	p, err := newPair(w, rx)
+	if err != nil {
+		return nil, err
+	}
+	e.pairs = append(e.pairs, p)
+	return p, nil
 }
 
 // probe binds the address alone for a moment, and settles port 0.
@@ -165,12 +205,20 @@ func (e *Engine) probe(l *Listen) error {
 }
 
 func (e *Engine) socket(cfg encap.SocketConfig) (*encap.Socket, error) {
-	cfg.Offload = e.cfg.Device.Offload() != tun.OffloadNone
+	cfg.Offload = e.offload() != tun.OffloadNone
 	s, err := encap.Listen(cfg)
 	if err == nil {
 		e.sockets = append(e.sockets, s)
 	}
 	return s, err
+}
+
+// offload returns the rung in use.
+func (e *Engine) offload() tun.Offload {
+	if e.cfg.Device != nil {
+		return e.cfg.Device.Offload()
+	}
+	return e.cfg.Offload
 }
 
 // Listening returns the framings received and the addresses they are bound to.
@@ -194,6 +242,7 @@ func (e *Engine) Apply(s Snapshot) error {
 		mask:     ^uint32(uint64(1)<<(32-s.Local.Subnet.Bits()) - 1),
 		addr:     addrBits(s.Local.Addr),
 		vxlan:    encap.NewVXLANReceiver(s.Local.VNI, s.Local.MAC),
+		ports:    e.view.Load().ports,
 	})
 	return nil
 }
@@ -217,18 +266,24 @@ func (e *Engine) Lookup(addr netip.Addr) (table.Peer, bool) {
 
 // Start starts the workers.
 func (e *Engine) Start() error {
+	e.apply.Lock()
+	defer e.apply.Unlock()
+	for _, p := range e.pairs {
+		e.startPair(p)
+	}
+	return nil
+}
+
+func (e *Engine) startPair(p *pair) {
 	// Each worker occupies a thread, mostly inside a system call. With fewer
 	// processors than that, a packet waits until the scheduler notices.
 	if need := len(e.tx) + len(e.rx) + 2; runtime.GOMAXPROCS(0) < need {
 		runtime.GOMAXPROCS(need)
 	}
-	for _, p := range e.pairs {
-		e.work(p.transmit)
-		for i := range p.rx {
-			e.work(func() error { return p.receive(i) })
-		}
+	e.work(p.transmit)
+	for i := range p.rx {
+		e.work(func() error { return p.receive(i) })
 	}
-	return nil
 }
 
 func (e *Engine) work(run func() error) {
@@ -250,8 +305,11 @@ func (e *Engine) work(run func() error) {
 // closed and made anew.
 func (e *Engine) Failed() <-chan error { return e.failed }
 
-// Close stops the workers and closes the sockets. The device stays open.
+// Close stops the workers and closes the sockets and the ports' queues. The
+// device stays open.
 func (e *Engine) Close() error {
+	e.apply.Lock()
+	defer e.apply.Unlock()
 	e.closing.Store(true)
 	for _, p := range e.pairs {
 		p.stop()
@@ -273,6 +331,12 @@ func (e *Engine) free() error {
 	}
 	for _, s := range e.sockets {
 		errs = append(errs, s.Close())
+	}
+	for _, p := range e.view.Load().ports {
+		errs = append(errs, p.Queue.Close())
+	}
+	if e.ports != nil {
+		errs = append(errs, e.ports.close())
 	}
 	e.tx, e.rx, e.pairs, e.sockets = nil, nil, nil, nil
 	return errors.Join(errs...)

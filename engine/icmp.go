@@ -33,10 +33,9 @@ const (
 	icmpHosts    = 256
 )
 
-// icmpSender writes ICMP errors back to the host. It belongs to one goroutine;
+// icmpSender writes ICMP errors back to the sender. It belongs to one goroutine;
 // its counters may be read by any.
 type icmpSender struct {
-	queue  *tun.Queue
 	buf    [20 + 8 + 60 + icmpQuote]byte
 	id     uint16
 	second int64
@@ -48,19 +47,18 @@ type icmpSender struct {
 	sent, limited atomic.Uint64
 }
 
-func (s *icmpSender) init(q *tun.Queue) {
+func (s *icmpSender) init() {
 	start := time.Now()
-	s.queue = q
 	s.seed = rand.Uint32() | 1
 	s.now = func() int64 { return int64(time.Since(start) / time.Second) }
 	s.second = -1
 }
 
-// send answers the packet ip, whose header has been checked, with an error
+// send answers the packet ip of queue q, whose header has been checked, with an error
 // from the address src (host byte order). mtu is used by icmpFragNeeded. It
 // stays silent about ICMP errors, later fragments, and packets whose source or
 // destination is no unicast address (RFC 1122 section 3.2.2).
-func (s *icmpSender) send(src uint32, ip []byte, kind icmpKind, mtu uint16) {
+func (s *icmpSender) send(q *tun.Queue, src uint32, ip []byte, kind icmpKind, mtu uint16) {
 	if !answerable(ip) || src == 0 {
 		return
 	}
@@ -70,7 +68,7 @@ func (s *icmpSender) send(src uint32, ip []byte, kind icmpKind, mtu uint16) {
 		return
 	}
 	pkt := s.build(src, ip, kind, mtu)
-	if s.queue.WritePacket(pkt) == nil {
+	if q.WritePacket(pkt) == nil {
 		s.sent.Add(1)
 	}
 }

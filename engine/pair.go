@@ -84,8 +84,12 @@ func (p *pair) transmit() error {
 		if p.quiet >= quietRounds {
 			p.holder.Store(offered)
 		}
-		if _, _, err := wait(p.tx.queue.FD(), p.bell.fd); err != nil {
+		_, rung, err := wait(p.tx.source.FD(), p.bell.fd)
+		if err != nil {
 			return err
+		}
+		if rung {
+			p.bell.clear() // or the next wait would not wait
 		}
 		p.holder.CompareAndSwap(offered, heldByTx)
 	}
@@ -94,20 +98,14 @@ func (p *pair) transmit() error {
 
 // serve reads and sends once. Only the holder may call it.
 func (p *pair) serve() (packets int, err error) {
-	b := p.tx.batch
-	if err := p.tx.queue.TryRead(b); err != nil {
-		return 0, fmt.Errorf("engine: transmit: %w", err)
+	n, err := p.tx.serve()
+	if n > 0 {
+		p.quiet++
+		if n >= heavyPackets || p.tx.batch.Size() >= heavyBytes {
+			p.quiet = 0
+		}
 	}
-	n := len(b.Packets())
-	if n == 0 {
-		return 0, nil
-	}
-	p.quiet++
-	if n >= heavyPackets || b.Size() >= heavyBytes {
-		p.quiet = 0
-	}
-	p.tx.round()
-	return n, nil
+	return n, err
 }
 
 // receive is the thread of receive worker i.
@@ -157,13 +155,13 @@ func (p *pair) duplex(w *rxWorker) error {
 				p.bell.ring()
 				return nil
 			}
-			out = p.tx.batch.Full()
+			out = p.tx.source.More(p.tx.batch)
 		}
 		if in || out {
 			continue
 		}
 		var err error
-		if in, out, err = wait(w.sock.FD(), p.tx.queue.FD()); err != nil {
+		if in, out, err = wait(w.sock.FD(), p.tx.source.FD()); err != nil {
 			return err
 		}
 	}

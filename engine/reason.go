@@ -14,6 +14,8 @@ const (
 	TxNotIPv4 Reason = iota
 	// TxMalformed: the IPv4 header from the TUN is inconsistent.
 	TxMalformed
+	// TxForeignSource: a port sent from an address that is not its own.
+	TxForeignSource
 	// TxNoRoute: no lease covers the destination.
 	TxNoRoute
 	// TxTTLExpired: the TTL would reach 0 at encapsulation.
@@ -28,6 +30,8 @@ const (
 	TxNoBuffer
 	// TxSendError: any other error of the send call.
 	TxSendError
+	// TxLocalError: a port of this node refused the packet.
+	TxLocalError
 
 	// RxTruncated: the datagram is shorter than the framing and an IPv4 header.
 	RxTruncated
@@ -74,6 +78,7 @@ type reasonText struct{ name, doc string }
 var reasonTexts = [NumReasons]reasonText{
 	TxNotIPv4:       {"not-ipv4", "the host sent something other than IPv4 into the overlay"},
 	TxMalformed:     {"malformed", "the IPv4 header is inconsistent"},
+	TxForeignSource: {"foreign-source", "an attached container sent from an address that is not its own"},
 	TxNoRoute:       {"no-route", "no lease covers the destination"},
 	TxTTLExpired:    {"ttl-expired", "the TTL ran out at encapsulation"},
 	TxTooBig:        {"too-big", "DF is set and the packet exceeds the path to the peer"},
@@ -81,6 +86,7 @@ var reasonTexts = [NumReasons]reasonText{
 	TxUnreachable:   {"send-unreachable", "the underlay has no route to the peer"},
 	TxNoBuffer:      {"send-no-buffer", "the socket or device queue was full"},
 	TxSendError:     {"send-error", "the send call failed"},
+	TxLocalError:    {"port-write-error", "an attached container's interface refused the packet"},
 	RxTruncated:     {"truncated", "the datagram is shorter than its headers"},
 	RxBadVXLANFlags: {"bad-vxlan-flags", "the I flag is missing or a reserved bit is set"},
 	RxWrongVNI:      {"wrong-vni", "the VNI is not this network's"},

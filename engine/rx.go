@@ -2,7 +2,6 @@ package engine
 
 import (
 	"encoding/binary"
-	"sync/atomic"
 
 	"tweed/encap"
 	"tweed/engine/tap"
@@ -18,17 +17,18 @@ type rxWorker struct {
 	batch   *encap.RecvBatch
 	merge   *tun.Coalescer
 	writer  *tun.Writer
+	queue   *tun.Queue // of the host's device; nil without one
 
 	// source and known remember the verdict on the last outer source.
 	source uint32
 	known  bool
 	seen   *view
 
-	tally   tally
-	ledger  ledger
-	batches atomic.Uint64
-	tap     tapper
-	local   Listen
+	tally  tally
+	ledger ledger
+	busy   busy
+	tap    tapper
+	local  Listen
 	// refused tells the tap of a packet that was not written.
 	refused func(id uint64)
 }
@@ -40,8 +40,7 @@ func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker,
 	}
 	w := &rxWorker{
 		engine: e, framing: l.Framing, prefix: l.Framing.PrefixLen(), sock: s, batch: b, local: l,
-		merge:  tun.NewCoalescer(e.cfg.MTU, e.cfg.Device.Offload()),
-		writer: tun.NewWriter(q),
+		merge: tun.NewCoalescer(e.cfg.MTU), writer: tun.NewWriter(), queue: q,
 	}
 	w.tap.worker = e.taps()
 	w.refused = func(id uint64) {
@@ -54,11 +53,13 @@ func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker,
 
 // round delivers the n messages of the last Recv.
 func (w *rxWorker) round(n int) {
+	w.busy.enter()
+	defer w.busy.leave()
 	v := w.engine.view.Load()
 	if v != w.seen {
 		w.seen, w.known = v, v.table.HasAddr(w.source)
 	}
-	w.tap.begin(&w.engine.tap)
+	w.tap.begin(w.engine.tap.Load())
 	for i := range n {
 		m := w.batch.Message(i)
 		w.message(v, &m)
@@ -66,7 +67,6 @@ func (w *rxWorker) round(n int) {
 	w.flush()
 	w.tap.end()
 	w.ledger.publish(&w.tally)
-	w.batches.Add(1)
 }
 
 func (w *rxWorker) message(v *view, m *encap.Message) {
@@ -97,6 +97,12 @@ func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) {
 	w.tally.Packets++
 	w.tally.Bytes += uint64(max(len(data)-w.prefix, 0))
 	pkt, reason, ok := w.check(v, m, data)
+	q := w.queue
+	if ok && (v.ports != nil || q == nil) {
+		if q = w.portOf(v, pkt); q == nil {
+			reason, ok = RxNotForUs, false
+		}
+	}
 	id := w.tap.nextID()
 	if w.tap.ring != nil {
 		w.show(m, data, id, reason, ok)
@@ -111,7 +117,16 @@ func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) {
 	if !w.merge.Room() {
 		w.flush()
 	}
-	w.merge.Add(pkt, m.SegmentLen, id)
+	w.merge.Add(q, pkt, m.SegmentLen, id)
+}
+
+// portOf returns the queue of the port a packet for our subnet goes to, the
+// host's when no port has that address.
+func (w *rxWorker) portOf(v *view, pkt []byte) *tun.Queue {
+	if p := v.ports[binary.BigEndian.Uint32(pkt[16:])]; p != nil {
+		return p.Queue
+	}
+	return w.queue
 }
 
 // show gives a datagram to the tap.

@@ -27,17 +27,22 @@ type Stats struct {
 
 // Stats returns the counters. Each direction's ledger adds up in itself.
 func (e *Engine) Stats() Stats {
+	e.apply.Lock()
+	defer e.apply.Unlock()
 	s := Stats{
 		Workers:       len(e.tx),
-		Offload:       e.cfg.Device.Offload(),
-		OffloadReason: e.cfg.Device.OffloadReason(),
+		Offload:       e.cfg.Offload,
+		OffloadReason: "no device of the host's own",
+	}
+	if d := e.cfg.Device; d != nil {
+		s.Offload, s.OffloadReason = d.Offload(), d.OffloadReason()
 	}
 	for _, w := range e.tx {
 		d := w.ledger.read()
 		s.Tx.add(&d)
 		s.ICMPSent += w.icmp.sent.Load()
 		s.ICMPLimited += w.icmp.limited.Load()
-		s.TxBatches += w.batches.Load()
+		s.TxBatches += w.busy.batches()
 		s.SendSegmented = true
 		for _, o := range w.outs {
 			gso, _ := o.sock.Offloads()
@@ -47,7 +52,7 @@ func (e *Engine) Stats() Stats {
 	for _, w := range e.rx {
 		d := w.ledger.read()
 		s.Rx.add(&d)
-		s.RxBatches += w.batches.Load()
+		s.RxBatches += w.busy.batches()
 		s.SocketDropped += w.sock.Dropped()
 		_, s.ReceiveMerged = w.sock.Offloads()
 	}

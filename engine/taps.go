@@ -14,9 +14,6 @@ type tapper struct {
 	id     uint64
 	ring   *tap.Ring // nil while nobody captures
 	now    int64
-	// using is the set the current batch works with, so that SetTap knows when
-	// the last worker has let go of it.
-	using atomic.Pointer[tap.Set]
 }
 
 // nextID names the next packet. The worker's number in the top byte makes it
@@ -26,15 +23,9 @@ func (t *tapper) nextID() uint64 {
 	return uint64(t.worker)<<56 | t.id
 }
 
-func (t *tapper) begin(current *atomic.Pointer[tap.Set]) {
-	s := current.Load()
-	if s == nil {
-		return
-	}
-	// Announce the set before believing that it is still in force.
-	t.using.Store(s)
-	if current.Load() != s {
-		t.using.Store(nil)
+// begin takes up the set in force. The worker must be busy.
+func (t *tapper) begin(s *tap.Set) {
+	if s == nil || t.worker >= len(s.Rings()) {
 		return
 	}
 	t.ring = s.Ring(t.worker)
@@ -42,12 +33,10 @@ func (t *tapper) begin(current *atomic.Pointer[tap.Set]) {
 }
 
 func (t *tapper) end() {
-	if t.ring == nil {
-		return
+	if t.ring != nil {
+		t.ring.Commit()
+		t.ring = nil
 	}
-	t.ring.Commit()
-	t.ring = nil
-	t.using.Store(nil)
 }
 
 func (t *tapper) put(h *tap.Header, head, tail []byte) {
@@ -71,20 +60,25 @@ func (e *Engine) TapWorkers() int { return e.taps() }
 func (e *Engine) SetTap(s *tap.Set) {
 	e.apply.Lock()
 	defer e.apply.Unlock()
-	old := e.tap.Swap(s)
-	if old == nil {
-		return
-	}
-	for _, w := range e.tx {
-		w.tap.release(old)
-	}
-	for _, w := range e.rx {
-		w.tap.release(old)
+	if e.tap.Swap(s) != nil {
+		e.settle()
 	}
 }
 
-func (t *tapper) release(old *tap.Set) {
-	for t.using.Load() == old {
+// busy tells whether a worker is in a batch: odd while it is.
+type busy struct{ n atomic.Uint64 }
+
+func (b *busy) enter() { b.n.Add(1) }
+func (b *busy) leave() { b.n.Add(1) }
+
+// batches returns how many batches were begun.
+func (b *busy) batches() uint64 { return (b.n.Load() + 1) / 2 }
+
+// settle returns when the batch that may be running now has ended. What was
+// replaced before the call is not used after it.
+func (b *busy) settle() {
+	n := b.n.Load()
+	for n&1 == 1 && b.n.Load() == n {
 		time.Sleep(20 * time.Microsecond)
 	}
 }

@@ -2,8 +2,8 @@ package engine
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net/netip"
-	"sync/atomic"
 
 	"tweed/encap"
 	"tweed/engine/table"
@@ -28,10 +28,12 @@ type out struct {
 	port      uint16 // local
 }
 
-// txWorker carries packets from one queue to the sockets.
+// txWorker carries packets from its queues to the sockets.
 type txWorker struct {
 	engine *Engine
-	queue  *tun.Queue
+	source source
+	queue  *tun.Queue // the batch came from it
+	from   *port      // and from this port; nil for the host's device
 	batch  *tun.ReadBatch
 	split  tun.Splitter
 	outs   [1 + vxlanSources]out // 0: udp framing
@@ -41,16 +43,16 @@ type txWorker struct {
 	// refused tells the tap of a segment that was not sent.
 	refused func(id uint64, class encap.SendError)
 
-	tally   tally
-	ledger  ledger
-	icmp    icmpSender
-	batches atomic.Uint64
-	result  encap.SendResult
-	tap     tapper
+	tally  tally
+	ledger ledger
+	icmp   icmpSender
+	busy   busy
+	result encap.SendResult
+	tap    tapper
 }
 
-func newTxWorker(e *Engine, q *tun.Queue, udp *encap.Socket) (*txWorker, error) {
-	w := &txWorker{engine: e, queue: q, hdrs: make([]byte, headerSlab), local: addrBits(e.cfg.Source)}
+func newTxWorker(e *Engine, src source, udp *encap.Socket) (*txWorker, error) {
+	w := &txWorker{engine: e, source: src, hdrs: make([]byte, headerSlab), local: addrBits(e.cfg.Source)}
 	for i := range w.outs {
 		s := udp
 		if i > 0 || udp == nil {
@@ -75,7 +77,7 @@ func newTxWorker(e *Engine, q *tun.Queue, udp *encap.Socket) (*txWorker, error) 
 	if w.batch, err = tun.NewReadBatch(); err != nil {
 		return nil, err
 	}
-	w.icmp.init(q)
+	w.icmp.init()
 	w.tap.worker = e.taps()
 	w.refused = func(id uint64, class encap.SendError) {
 		if w.tap.ring != nil {
@@ -85,10 +87,26 @@ func newTxWorker(e *Engine, q *tun.Queue, udp *encap.Socket) (*txWorker, error) 
 	return w, nil
 }
 
-// round sends what the last TryRead brought.
+// serve reads from one queue and sends what it brought. It returns the number
+// of packets, 0 when there were none.
+func (w *txWorker) serve() (int, error) {
+	w.busy.enter()
+	defer w.busy.leave()
+	var err error
+	if w.queue, w.from, err = w.source.TryRead(w.batch); err != nil {
+		return 0, fmt.Errorf("engine: transmit: %w", err)
+	}
+	if n := len(w.batch.Packets()); n > 0 {
+		w.round()
+		return n, nil
+	}
+	return 0, nil
+}
+
+// round sends the batch.
 func (w *txWorker) round() {
 	v := w.engine.view.Load()
-	w.tap.begin(&w.engine.tap)
+	w.tap.begin(w.engine.tap.Load())
 	packets := w.batch.Packets()
 	for i := range packets {
 		w.packet(v, &packets[i])
@@ -97,7 +115,6 @@ func (w *txWorker) round() {
 	w.hdrPos = 0
 	w.tap.end()
 	w.ledger.publish(&w.tally)
-	w.batches.Add(1)
 }
 
 // packet checks one packet and adds its segments to a batch.
@@ -110,7 +127,7 @@ func (w *txWorker) packet(v *view, p *tun.Packet) {
 		if err := w.split.Start(ip, &p.Header); err != nil {
 			w.tally.Packets++
 			w.tally.Bytes += bytes
-			w.drop(ip, TxMalformed, 1, false)
+			w.drop(p, ip, TxMalformed, 1)
 			return
 		}
 		segments = uint64(w.split.Count())
@@ -118,9 +135,17 @@ func (w *txWorker) packet(v *view, p *tun.Packet) {
 	}
 	w.tally.Packets += segments
 	w.tally.Bytes += bytes
+	reason, ok := w.admit(ip)
+	if !ok {
+		w.drop(p, ip, reason, segments)
+		return
+	}
+	if v.ports != nil && w.switched(v, p, ip, segments, bytes) {
+		return
+	}
 	e, reason := w.route(v, ip, super)
 	if e == nil {
-		w.drop(ip, reason, segments, super)
+		w.drop(p, ip, reason, segments)
 		return
 	}
 	if super {
@@ -129,7 +154,7 @@ func (w *txWorker) packet(v *view, p *tun.Packet) {
 	}
 	elide := p.Partial() && e.PartialChecksums && p.Elidable(ip)
 	if p.Partial() && !elide && !p.Complete(ip) {
-		w.drop(ip, TxMalformed, 1, false)
+		w.drop(p, ip, TxMalformed, 1)
 		return
 	}
 	head := room[tun.Headroom-e.PrefixLen:]
@@ -138,35 +163,52 @@ func (w *txWorker) packet(v *view, p *tun.Packet) {
 }
 
 // drop counts a packet that gets no further, and shows it to the tap.
-func (w *txWorker) drop(ip []byte, reason Reason, segments uint64, super bool) {
+func (w *txWorker) drop(p *tun.Packet, ip []byte, reason Reason, segments uint64) {
 	w.tally.drop(reason, segments)
 	if w.tap.ring == nil {
 		return
 	}
-	h := tap.Header{Points: tap.Of(tap.TunIn, tap.Drop), Reason: uint8(reason), Flags: tap.Inner, Segments: 1}
-	if super {
-		h.Flags |= tap.Super | tap.Partial
-		h.Segments, h.SegmentPayload = uint16(segments), uint16(w.split.SegmentLen()-w.split.HeaderLen())
+	h := tap.Header{Points: tap.Of(tap.TunIn, tap.Drop), Reason: uint8(reason), Flags: tap.Inner}
+	w.show(&h, p, ip, segments)
+}
+
+// show gives the tap a packet that has not been split.
+func (w *txWorker) show(h *tap.Header, p *tun.Packet, ip []byte, segments uint64) {
+	h.Segments = uint16(segments)
+	if p.Partial() {
+		h.Flags |= tap.Partial
 	}
-	w.tap.put(&h, ip, nil)
+	if p.Super() {
+		h.Flags |= tap.Super
+		h.SegmentPayload = uint16(p.SegmentPayload())
+	}
+	w.tap.put(h, ip, nil)
+}
+
+// admit checks the header of a packet from a queue.
+func (w *txWorker) admit(ip []byte) (Reason, bool) {
+	if len(ip) > 0 && ip[0]>>4 != 4 {
+		return TxNotIPv4, false
+	}
+	if len(ip) < 20 {
+		return TxMalformed, false
+	}
+	ihl, total := int(ip[0]&0xf)*4, int(binary.BigEndian.Uint16(ip[2:]))
+	if ihl < 20 || total < ihl || total > len(ip) {
+		return TxMalformed, false
+	}
+	if w.from != nil && binary.BigEndian.Uint32(ip[12:]) != w.from.addr {
+		return TxForeignSource, false
+	}
+	return 0, true
 }
 
 // route finds the peer of a packet, or the reason there is none, and answers
 // the sender where it is due. It decrements the TTL as flannel's proxy does.
 func (w *txWorker) route(v *view, ip []byte, super bool) (*table.Entry, Reason) {
-	if len(ip) < 20 || ip[0]>>4 != 4 {
-		if len(ip) > 0 && ip[0]>>4 != 4 {
-			return nil, TxNotIPv4
-		}
-		return nil, TxMalformed
-	}
-	ihl, total := int(ip[0]&0xf)*4, int(binary.BigEndian.Uint16(ip[2:]))
-	if ihl < 20 || total < ihl || total > len(ip) {
-		return nil, TxMalformed
-	}
 	e := v.table.Lookup(binary.BigEndian.Uint32(ip[16:]))
 	if e == nil {
-		w.icmp.send(v.addr, ip, icmpNetUnreachable, 0)
+		w.icmp.send(w.queue, v.addr, ip, icmpNetUnreachable, 0)
 		return nil, TxNoRoute
 	}
 	lowest := byte(1)
@@ -174,7 +216,7 @@ func (w *txWorker) route(v *view, ip []byte, super bool) (*table.Entry, Reason) 
 		lowest = 2
 	}
 	if ip[8] < lowest {
-		w.icmp.send(v.addr, ip, icmpTimeExceeded, 0)
+		w.icmp.send(w.queue, v.addr, ip, icmpTimeExceeded, 0)
 		return nil, TxTTLExpired
 	}
 	if e.MTU > 0 && ip[6]&0x40 != 0 {
@@ -183,7 +225,7 @@ func (w *txWorker) route(v *view, ip []byte, super bool) (*table.Entry, Reason) 
 			size = min(size, w.split.SegmentLen())
 		}
 		if size > e.MTU {
-			w.icmp.send(v.addr, ip, icmpFragNeeded, uint16(e.MTU))
+			w.icmp.send(w.queue, v.addr, ip, icmpFragNeeded, uint16(e.MTU))
 			return nil, TxTooBig
 		}
 	}

@@ -16,6 +16,8 @@ const (
 	flowBuckets = 256
 	// maxUDPParts is UDP_MAX_SEGMENTS of kernels before 6.9.
 	maxUDPParts = 64
+	// maxItemParts packets and the virtio header are UIO_MAXIOV pieces.
+	maxItemParts = 1023
 )
 
 type csumState uint8
@@ -30,6 +32,7 @@ const (
 type item struct {
 	pkt   []byte // first packet, borrowed
 	tag   uint64
+	queue *Queue // where it goes; a flow goes to one queue
 	csum  csumState
 	proto uint8 // protoTCP or protoUDP when the item may grow, else 0
 	// closed: a short or pushed packet ended the item.
@@ -54,14 +57,13 @@ type part struct {
 }
 
 // Coalescer merges consecutive packets of a flow, by their headers alone, into
-// super-packets for a queue. The rules are those the kernel's GRO follows
+// super-packets, up to the rung of the queue they go to. The rules are those the kernel's GRO follows
 // (net/ipv4/tcp_offload.c, udp_offload.c); the order within a flow is kept.
 //
 // Packets are borrowed, and their headers may be rewritten, until Flush. A
 // Coalescer belongs to one goroutine.
 type Coalescer struct {
 	mtu     int
-	rung    Offload
 	items   [maxItems]item
 	parts   [maxParts]part
 	n       int
@@ -69,23 +71,20 @@ type Coalescer struct {
 	buckets [flowBuckets]uint16 // open item + 1
 }
 
-// NewCoalescer returns an empty coalescer for a device of the given MTU in
-// bytes, up to the given rung.
-func NewCoalescer(mtu int, rung Offload) *Coalescer {
-	return &Coalescer{mtu: mtu, rung: rung}
-}
+// NewCoalescer returns an empty coalescer for devices of the given MTU in bytes.
+func NewCoalescer(mtu int) *Coalescer { return &Coalescer{mtu: mtu} }
 
 // Room reports whether one more packet can be added before a Flush.
 func (c *Coalescer) Room() bool { return c.n < maxItems && c.nparts < maxParts }
 
-// Add appends an IPv4 packet whose header length and total length have been
+// Add appends an IPv4 packet for the queue q, whose header length and total length have been
 // checked against len(pkt). gso is the segment payload of a UDP super-packet
 // that arrived as one packet, otherwise 0. tag names the packet to the caller of
 // Flush. There must be Room.
-func (c *Coalescer) Add(pkt []byte, gso int, tag uint64) {
-	it := item{pkt: pkt, tag: tag, csum: csumNone, parts: 1, total: len(pkt), head: -1, tail: -1}
+func (c *Coalescer) Add(q *Queue, pkt []byte, gso int, tag uint64) {
+	it := item{pkt: pkt, tag: tag, queue: q, csum: csumNone, parts: 1, total: len(pkt), head: -1, tail: -1}
 	it.inspect(gso, c.mtu)
-	if it.proto == 0 || c.rung == OffloadNone || it.proto == protoUDP && c.rung < OffloadFull {
+	if it.proto == 0 || q.rung == OffloadNone || it.proto == protoUDP && q.rung < OffloadFull {
 		if it.ends() {
 			c.buckets[it.bucket()] = 0
 		}
@@ -187,21 +186,23 @@ func (it *item) inspectUDP(gso int) {
 }
 
 // ends reports whether a packet that cannot join an item must keep later
-// packets of its flow from joining an earlier item: any TCP packet but a pure
-// ACK, and any UDP packet. A pure ACK carries nothing that data overtakes.
+// packets of its flow from joining an earlier item: anything with ports but a
+// pure ACK, which carries nothing that data overtakes.
 func (it *item) ends() bool {
-	if it.csum == csumNone || len(it.pkt) < int(it.ihl)+udpLen {
+	p := it.pkt
+	l4 := p[it.ihl:]
+	switch {
+	case p[9] != protoTCP && p[9] != protoUDP || len(l4) < 4:
 		return false
-	}
-	if it.pkt[9] != protoTCP {
+	case p[9] == protoUDP || len(l4) < minTCP || be16(p[6:])&fragMask != 0:
+		// A later fragment has no ports: some flow loses a merge, no more.
 		return true
 	}
-	l4 := it.pkt[it.ihl:]
 	return l4[13] != flagACK || int(l4[12]>>4)*4 != len(l4)
 }
 
-// bucket hashes addresses and ports of a packet with at least 4 bytes of
-// transport header.
+// bucket hashes addresses and ports of a packet with at least 4 bytes behind
+// the IPv4 header.
 func (it *item) bucket() uint32 {
 	p := it.pkt
 	h := be32(p[12:]) ^ be32(p[16:])*0x9e3779b1 ^ be32(p[it.ihl:])*0x85ebca6b ^ uint32(p[9])
@@ -223,7 +224,7 @@ func (c *Coalescer) join(it, x *item) bool {
 		a[1] != b[1] || a[8] != b[8] || a[6] != b[6],    // TOS, TTL, DF and the reserved bit
 		b[6]&(dontFrag>>8) == 0 && be16(b[4:]) != it.id: // without DF the ID counts
 		return false
-	case it.proto == protoUDP && it.parts == maxUDPParts:
+	case it.parts == maxItemParts || it.proto == protoUDP && it.parts == maxUDPParts:
 		return false
 	case it.proto == protoTCP && !joinsTCP(it, x):
 		return false
@@ -251,7 +252,7 @@ func joinsTCP(it, x *item) bool {
 	a, b := it.pkt[minIPv4:it.hl], x.pkt[minIPv4:x.hl]
 	return be32(b[4:]) == it.seq &&
 		be32(a[8:]) == be32(b[8:]) && // acknowledgement
-		(a[13]^b[13])&flagECE == 0 &&
+		a[12] == b[12] && (a[13]^b[13])&flagECE == 0 && // AE (accurate ECN), reserved bits, ECE
 		be16(a[14:]) == be16(b[14:]) && // window
 		bytes.Equal(a[minTCP:], b[minTCP:]) // options
 }
@@ -274,6 +275,9 @@ func (it *item) verify() bool {
 // super-packet, rewrites the first packet's headers to cover it all.
 func (it *item) header(h *vnetHdr) {
 	*h = vnetHdr{}
+	if it.gso != 0 && !it.verify() {
+		it.gso = 0 // a wrong checksum must reach the kernel as it is
+	}
 	off := uint16(tcpCsumOff)
 	if it.pkt[9] == protoUDP {
 		off = udpCsumOff

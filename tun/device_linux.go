@@ -105,7 +105,7 @@ func openQueue(name string, flags uint16) (*Queue, string, error) {
 		unix.Close(fd)
 		return nil, "", createError(name, err)
 	}
-	return newQueue(fd), ifr.Name(), nil
+	return newQueue(fd, OffloadNone), ifr.Name(), nil
 }
 
 func openError(err error) error {
@@ -160,39 +160,41 @@ func (d *Device) follow(mtu int) error {
 
 // setOffload takes the highest rung up to want that the kernel accepts.
 func (d *Device) setOffload(want Offload) error {
-	try := func(mask int) error {
-		for _, q := range d.queues {
-			if err := unix.IoctlSetInt(q.fd, unix.TUNSETOFFLOAD, mask); err != nil {
-				return err
-			}
+	for _, q := range d.queues {
+		rung, why, err := SetOffload(q.fd, want)
+		if err != nil {
+			return fmt.Errorf("tun: %s: %w", d.name, err)
 		}
-		return nil
+		q.rung, d.offload, d.why = rung, rung, why
 	}
-	d.why = "asked for with --offload " + want.String()
+	return nil
+}
+
+// SetOffload takes the highest rung up to want that the kernel accepts for the
+// TUN queue fd, and says why it is that one.
+func SetOffload(fd int, want Offload) (rung Offload, why string, err error) {
+	why = "asked for with --offload " + want.String()
 	if want == OffloadAuto {
-		d.why = "the kernel accepts every offload"
+		why = "the kernel accepts every offload"
 	}
 	if want >= OffloadFull {
-		err := try(offloadsFull)
+		err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloadsFull)
 		if err == nil {
-			d.offload = OffloadFull
-			return nil
+			return OffloadFull, why, nil
 		}
-		d.why = fmt.Sprintf("the kernel refuses UDP segmentation on TUN (%v; Linux 6.2 has it)", err)
+		why = fmt.Sprintf("the kernel refuses UDP segmentation on TUN (%v; Linux 6.2 has it)", err)
 	}
 	if want >= OffloadTSO {
-		err := try(offloadsTSO)
+		err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloadsTSO)
 		if err == nil {
-			d.offload = OffloadTSO
-			return nil
+			return OffloadTSO, why, nil
 		}
-		d.why = fmt.Sprintf("the kernel refuses TCP segmentation on TUN (%v)", err)
+		why = fmt.Sprintf("the kernel refuses TCP segmentation on TUN (%v)", err)
 	}
-	if err := try(0); err != nil {
-		return fmt.Errorf("tun: %s: switch offloads off: %w", d.name, err)
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, 0); err != nil {
+		return OffloadNone, "", fmt.Errorf("switch offloads off: %w", err)
 	}
-	d.offload = OffloadNone
-	return nil
+	return OffloadNone, why, nil
 }
 
 // Name returns the interface name.
@@ -226,7 +228,7 @@ func (d *Device) Close() error {
 
 func (d *Device) closeQueues() {
 	for _, q := range d.queues {
-		_ = q.close()
+		_ = q.Close()
 	}
 	d.queues = nil
 }

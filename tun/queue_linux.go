@@ -1,6 +1,7 @@
 package tun
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"sync/atomic"
@@ -10,146 +11,100 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Headroom is the number of writable bytes before every packet of a
-// ReadBatch: room for the prefix of any framing.
-const Headroom = 22
-
 const (
-	// maxRead packets, or as many super-packets as the slab holds, are read at
-	// once.
-	maxRead = 64
-	slabLen = 8*(maxPacket+1) + 64*1024
+	etherLen  = 14
+	etherIPv4 = 0x0800
+	// maxHdr is the longest header before a packet: virtio and Ethernet.
+	maxHdr = vnetHdrLen + etherLen
 )
 
 // ErrGone is returned when the device has been deleted under the queue.
 var ErrGone = errors.New("tun: the device has been deleted")
 
-// Packet is one packet of a ReadBatch.
-type Packet struct {
-	Header
-	off, len uint32
-}
-
-// ReadBatch holds what one TryRead drained from a queue. It belongs to one goroutine.
-type ReadBatch struct {
-	slab    []byte // mapped, not Go heap
-	packets [maxRead]Packet
-	n       int
-}
-
-// NewReadBatch maps the buffer; Free unmaps it.
-func NewReadBatch() (*ReadBatch, error) {
-	slab, err := unix.Mmap(-1, 0, slabLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		return nil, fmt.Errorf("tun: map read buffer: %w", err)
-	}
-	return &ReadBatch{slab: slab}, nil
-}
-
-// Free unmaps the buffer. The batch and every slice of it are dead then.
-func (b *ReadBatch) Free() error {
-	if b.slab == nil {
-		return nil
-	}
-	err := unix.Munmap(b.slab)
-	b.slab = nil
-	return err
-}
-
-// Packets returns what the last TryRead brought, borrowed until the next.
-func (b *ReadBatch) Packets() []Packet { return b.packets[:b.n] }
-
-// Bytes returns the packet with room bytes before it, at most Headroom, to
-// write a prefix to. The slice is borrowed until the next
-// TryRead.
-func (b *ReadBatch) Bytes(p *Packet, room int) []byte {
-	return b.slab[int(p.off)-room : p.off+p.len : p.off+p.len]
-}
-
-// Full reports whether the last TryRead may have left packets in the queue.
-func (b *ReadBatch) Full() bool {
-	return b.n == maxRead || len(b.slab)-b.end() < Headroom+maxPacket
-}
-
-// Size returns the bytes of all packets, gaps included.
-func (b *ReadBatch) Size() int { return b.end() }
-
-func (b *ReadBatch) end() int {
-	if b.n == 0 {
-		return 0
-	}
-	p := &b.packets[b.n-1]
-	return int(p.off + p.len)
-}
-
-// Load puts packets into the batch as a TryRead would, each with its virtio
-// header in front; for tests of what consumes a batch.
-func (b *ReadBatch) Load(raw ...[]byte) {
-	b.n = 0
-	at := 0
-	for _, r := range raw {
-		copy(b.slab[at+Headroom-vnetHdrLen:], r)
-		at = b.take(at, len(r))
-	}
-}
-
-// take enters a packet that was read, virtio header first, into the slab at
-// at + Headroom - vnetHdrLen, and returns where the next one may start.
-func (b *ReadBatch) take(at, n int) int {
-	off := at + Headroom
-	p := &b.packets[b.n]
-	p.vnet.decode(b.slab[off-vnetHdrLen:])
-	p.off, p.len = uint32(off), uint32(n-vnetHdrLen)
-	b.n++
-	// The next packet's headroom begins right behind this packet, so that
-	// prefix and packet of a train lie in memory as one run.
-	return off + n - vnetHdrLen
-}
-
-// Queue is one queue of a TUN device. TryRead may be used by one goroutine at a
-// time, Write by any number at once.
+// Queue is one queue of a TUN device, or a socket that stands in for one.
+// TryRead may be used by one goroutine at a time, writing by any number at once.
 type Queue struct {
-	fd int
+	fd   int
+	rung Offload
+	// hdr bytes stand before every packet: the virtio header and, on a packet
+	// socket, an Ethernet header; ether is what we write there.
+	hdr   int
+	ether [etherLen]byte
 	// noGSO is set when the kernel refuses super-packets on write.
 	noGSO atomic.Bool
 	// writev is the system call, a field so that a test can script errors.
 	writev func(fd int, iovs []unix.Iovec) syscall.Errno
 }
 
-func newQueue(fd int) *Queue { return &Queue{fd: fd, writev: writev} }
+func newQueue(fd int, rung Offload) *Queue {
+	return &Queue{fd: fd, rung: rung, hdr: vnetHdrLen, writev: writev}
+}
+
+// FDConfig describes a descriptor that somebody else opened.
+type FDConfig struct {
+	// Ethernet says that the descriptor is a packet socket with
+	// PACKET_VNET_HDR, bound to one end of a veth pair, instead of a TUN queue
+	// or a socket pair that carries virtio header and packet.
+	Ethernet bool
+	// Self and Peer are the Ethernet source and destination of what is written
+	// to a packet socket.
+	Self, Peer [6]byte
+	// Offload is the rung the other side takes: OffloadNone for one that does
+	// not know super-packets.
+	Offload Offload
+}
+
+// QueueFromFD makes a Queue of an open descriptor and takes ownership of it.
+// The descriptor is made non-blocking.
+func QueueFromFD(fd int, c FDConfig) (*Queue, error) {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return nil, fmt.Errorf("tun: descriptor %d: %w", fd, err)
+	}
+	q := newQueue(fd, min(c.Offload, OffloadFull))
+	if c.Ethernet {
+		q.hdr = maxHdr
+		copy(q.ether[0:], c.Peer[:])
+		copy(q.ether[6:], c.Self[:])
+		binary.BigEndian.PutUint16(q.ether[12:], etherIPv4)
+	}
+	return q, nil
+}
 
 // FD returns the descriptor, to wait on. It becomes readable when TryRead would
 // find a packet, and reports an error when the device is gone.
 func (q *Queue) FD() int { return q.fd }
 
+// Offload returns the rung the queue takes super-packets up to.
+func (q *Queue) Offload() Offload { return q.rung }
+
+// Close closes the descriptor. No read or write may be running or follow.
+func (q *Queue) Close() error { return unix.Close(q.fd) }
+
 // TryRead drains the queue without blocking until it is empty or the batch is
 // full. An empty batch means that there was nothing. It returns ErrGone when
-// the device was deleted.
+// the device was deleted or the other side closed.
 func (q *Queue) TryRead(b *ReadBatch) error {
 	b.n = 0
-	for at := 0; b.n < maxRead && len(b.slab)-at >= Headroom+maxPacket; {
-		buf := b.slab[at+Headroom-vnetHdrLen:]
+	for at := 0; b.n < maxRead && b.fits(at); {
+		start := at + max(Headroom-q.hdr, 0)
+		buf := b.slab[start:]
 		// The descriptor does not block, so the scheduler need not know.
-		n, _, e := unix.RawSyscall(unix.SYS_READ, uintptr(q.fd), uintptr(unsafe.Pointer(&buf[0])), vnetHdrLen+maxPacket)
-		switch e {
-		case 0:
-			if n > vnetHdrLen {
-				at = b.take(at, int(n))
-			}
-		case unix.EINTR:
-		case unix.EAGAIN:
+		n, _, e := unix.RawSyscall(unix.SYS_READ, uintptr(q.fd), uintptr(unsafe.Pointer(&buf[0])), uintptr(q.hdr+maxPacket))
+		switch {
+		case e == 0 && int(n) > q.hdr:
+			at = b.take(start, int(n), q.hdr)
+		case e == 0 && n > 0, e == unix.EINTR:
+			// Too short to be a packet.
+		case e == unix.EAGAIN, e == unix.ENETDOWN, b.n > 0:
+			// ENETDOWN: a packet socket whose link is down for now. With
+			// packets in hand, the next call meets the error again.
 			return nil
 		default:
-			if b.n > 0 {
-				return nil // the next call meets the error again
-			}
 			return ErrGone
 		}
 	}
 	return nil
 }
-
-func (q *Queue) close() error { return unix.Close(q.fd) }
 
 func writev(fd int, iovs []unix.Iovec) syscall.Errno {
 	for {
@@ -158,4 +113,44 @@ func writev(fd int, iovs []unix.Iovec) syscall.Errno {
 			return e
 		}
 	}
+}
+
+// link writes what stands before a packet to b, which holds q.hdr bytes.
+func (q *Queue) link(h *vnetHdr, b []byte) {
+	if q.hdr > vnetHdrLen {
+		if h.flags&needsCsum != 0 {
+			h.csumStart += etherLen
+		}
+		if h.hdrLen != 0 {
+			h.hdrLen += etherLen
+		}
+		copy(b[vnetHdrLen:], q.ether[:])
+	}
+	h.encode(b)
+}
+
+// WritePacket writes one complete IPv4 packet.
+func (q *Queue) WritePacket(pkt []byte) error { return q.write(vnetHdr{}, pkt) }
+
+// Forward writes a packet as it was read from another queue. A super-packet
+// needs a queue that takes it.
+func (q *Queue) Forward(h *Header, pkt []byte) error {
+	v := h.vnet
+	if v.gsoType != gsoNone && v.hdrLen != 0 {
+		v.hdrLen = uint16(min(int(v.hdrLen), len(pkt)))
+	}
+	return q.write(v, pkt)
+}
+
+func (q *Queue) write(h vnetHdr, pkt []byte) error {
+	var hdr [maxHdr]byte
+	q.link(&h, hdr[:q.hdr])
+	iovs := [2]unix.Iovec{
+		{Base: &hdr[0], Len: uint64(q.hdr)},
+		{Base: unsafe.SliceData(pkt), Len: uint64(len(pkt))},
+	}
+	if e := q.writev(q.fd, iovs[:]); e != 0 {
+		return e
+	}
+	return nil
 }

@@ -27,15 +27,15 @@ func (r *Written) fail(tag, bytes uint64) {
 	}
 }
 
-// Writer writes items of a Coalescer to a Queue. It belongs to one goroutine.
+// Writer writes the items of a Coalescer to their queues. It belongs to one
+// goroutine.
 type Writer struct {
-	queue *Queue
-	iovs  [1 + maxParts]unix.Iovec
-	hdr   [vnetHdrLen]byte
+	iovs [1 + maxParts]unix.Iovec
+	hdr  [maxHdr]byte
 }
 
-// NewWriter returns a Writer for the queue.
-func NewWriter(q *Queue) *Writer { return &Writer{queue: q} }
+// NewWriter returns a Writer.
+func NewWriter() *Writer { return new(Writer) }
 
 // Flush writes everything added to the coalescer, in the order of the items'
 // first packets, and empties it.
@@ -43,12 +43,12 @@ func (w *Writer) Flush(c *Coalescer, res *Written) {
 	for i := range c.n {
 		it := &c.items[i]
 		switch {
-		case it.parts > 1 && w.queue.noGSO.Load():
+		case it.parts > 1 && it.queue.noGSO.Load():
 			w.flushParts(c, it, res)
 		case w.item(c, it, res):
 			res.Packets += uint64(it.parts)
 			res.Bytes += uint64(it.total + (it.parts-1)*int(it.hl))
-		case it.parts > 1 && w.queue.noGSO.Load():
+		case it.parts > 1 && it.queue.noGSO.Load():
 			w.flushParts(c, it, res)
 		default:
 			res.fail(it.tag, uint64(len(it.pkt)))
@@ -68,25 +68,25 @@ func (w *Writer) Flush(c *Coalescer, res *Written) {
 func (w *Writer) item(c *Coalescer, it *item, res *Written) bool {
 	var h vnetHdr
 	it.header(&h)
-	n := w.start(&h, it.pkt)
+	n := w.start(it.queue, &h, it.pkt)
 	for p := it.head; p >= 0; p = c.parts[p].next {
 		w.iovs[n].Base = unsafe.SliceData(c.parts[p].payload)
 		w.iovs[n].Len = uint64(len(c.parts[p].payload))
 		n++
 	}
 	res.Writes++
-	e := w.queue.writev(w.queue.fd, w.iovs[:n])
+	e := it.queue.writev(it.queue.fd, w.iovs[:n])
 	if e == unix.EINVAL && it.parts > 1 {
 		// Some kernels refuse coalesced writes (e269d79c7d35 and its backports,
 		// until 89add40066f9); the packets themselves are good.
-		w.queue.noGSO.Store(true)
+		it.queue.noGSO.Store(true)
 	}
 	return e == 0
 }
 
-func (w *Writer) start(h *vnetHdr, pkt []byte) int {
-	h.encode(w.hdr[:])
-	w.iovs[0].Base, w.iovs[0].Len = &w.hdr[0], vnetHdrLen
+func (w *Writer) start(q *Queue, h *vnetHdr, pkt []byte) int {
+	q.link(h, w.hdr[:q.hdr])
+	w.iovs[0].Base, w.iovs[0].Len = &w.hdr[0], uint64(q.hdr)
 	w.iovs[1].Base, w.iovs[1].Len = unsafe.SliceData(pkt), uint64(len(pkt))
 	return 2
 }
@@ -116,7 +116,7 @@ func (w *Writer) flushParts(c *Coalescer, it *item, res *Written) {
 			h = vnetHdr{}
 		}
 		res.Writes++
-		if e := w.queue.writev(w.queue.fd, w.iovs[:w.start(&h, pkt)]); e == 0 {
+		if e := it.queue.writev(it.queue.fd, w.iovs[:w.start(it.queue, &h, pkt)]); e == 0 {
 			res.Packets++
 			res.Bytes += uint64(len(pkt))
 		} else {
@@ -130,17 +130,4 @@ func (w *Writer) flushParts(c *Coalescer, it *item, res *Written) {
 		base := unsafe.Add(unsafe.Pointer(unsafe.SliceData(payload)), -int(it.hl))
 		pkt = unsafe.Slice((*byte)(base), int(it.hl)+len(payload))
 	}
-}
-
-// WritePacket writes one complete IPv4 packet.
-func (q *Queue) WritePacket(pkt []byte) error {
-	var hdr [vnetHdrLen]byte
-	iovs := [2]unix.Iovec{
-		{Base: &hdr[0], Len: vnetHdrLen},
-		{Base: unsafe.SliceData(pkt), Len: uint64(len(pkt))},
-	}
-	if e := q.writev(q.fd, iovs[:]); e != 0 {
-		return e
-	}
-	return nil
 }

@@ -1,0 +1,104 @@
+package tun
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Headroom is the number of writable bytes before every packet of a
+// ReadBatch: room for the prefix of any framing.
+const Headroom = 22
+
+const (
+	// maxRead packets, or as many super-packets as the slab holds, are read at
+	// once.
+	maxRead = 64
+	slabLen = 8*(maxPacket+1) + 64*1024
+)
+
+// Packet is one packet of a ReadBatch.
+type Packet struct {
+	Header
+	off, len uint32
+}
+
+// ReadBatch holds what one TryRead drained from a queue. It belongs to one
+// goroutine.
+type ReadBatch struct {
+	slab    []byte // mapped, not Go heap
+	packets [maxRead]Packet
+	n       int
+}
+
+// NewReadBatch maps the buffer; Free unmaps it.
+func NewReadBatch() (*ReadBatch, error) {
+	slab, err := unix.Mmap(-1, 0, slabLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return nil, fmt.Errorf("tun: map read buffer: %w", err)
+	}
+	return &ReadBatch{slab: slab}, nil
+}
+
+// Free unmaps the buffer. The batch and every slice of it are dead then.
+func (b *ReadBatch) Free() error {
+	if b.slab == nil {
+		return nil
+	}
+	err := unix.Munmap(b.slab)
+	b.slab = nil
+	return err
+}
+
+// Packets returns what the last TryRead brought, borrowed until the next.
+func (b *ReadBatch) Packets() []Packet { return b.packets[:b.n] }
+
+// Clear empties the batch.
+func (b *ReadBatch) Clear() { b.n = 0 }
+
+// Bytes returns the packet with room bytes before it, at most Headroom, to
+// write a prefix to. The slice is borrowed until the next TryRead.
+func (b *ReadBatch) Bytes(p *Packet, room int) []byte {
+	return b.slab[int(p.off)-room : p.off+p.len : p.off+p.len]
+}
+
+// Full reports whether the last TryRead may have left packets in the queue.
+func (b *ReadBatch) Full() bool { return b.n == maxRead || !b.fits(b.Size()) }
+
+// fits reports whether one more packet of any size fits behind at.
+func (b *ReadBatch) fits(at int) bool { return len(b.slab)-at >= maxHdr+maxPacket }
+
+// Size returns the bytes of all packets, headroom included.
+func (b *ReadBatch) Size() int {
+	if b.n == 0 {
+		return 0
+	}
+	p := &b.packets[b.n-1]
+	return int(p.off + p.len)
+}
+
+// Load puts packets into the batch as a TryRead would, each with its virtio
+// header in front; for tests of what consumes a batch.
+func (b *ReadBatch) Load(raw ...[]byte) {
+	b.n = 0
+	at := 0
+	for _, r := range raw {
+		copy(b.slab[at+Headroom-vnetHdrLen:], r)
+		at = b.take(at+Headroom-vnetHdrLen, len(r), vnetHdrLen)
+	}
+}
+
+// take enters the packet that was read into the slab at start, n bytes with
+// hdr bytes of headers before it, and returns where the next one's headroom
+// begins: right behind, so that prefix and packet of a train lie in memory as
+// one run.
+func (b *ReadBatch) take(start, n, hdr int) int {
+	p := &b.packets[b.n]
+	p.vnet.decode(b.slab[start:])
+	if link := hdr - vnetHdrLen; link > 0 && p.vnet.flags&needsCsum != 0 {
+		p.vnet.csumStart -= uint16(link)
+	}
+	p.off, p.len = uint32(start+hdr), uint32(n-hdr)
+	b.n++
+	return start + n
+}
