@@ -141,7 +141,7 @@ func TestNetworkSetAndGetAgainstEtcd(t *testing.T) {
 	network := func(args ...string) outcome {
 		return inProcess(append([]string{"network"}, append(args, "--etcd-endpoints", endpoint)...)...)
 	}
-	oneErrorLine(t, network("get"), exitFailed, "write one with: tweed network set 10.244.0.0/16")
+	oneErrorLine(t, network("get"), exitFailed, "tweed network set 10.244.0.0/16")
 	oneErrorLine(t, network("set", "10.244.0.0/29"), exitUsage, "too small")
 	oneErrorLine(t, network("get"), exitFailed, "no network configuration")
 

@@ -131,19 +131,11 @@ func newRouteCommand() *cobra.Command {
 }
 
 func printRoute(w io.Writer, a node.RouteAnswer) {
-	switch {
-	case a.Peer != nil:
-		name := ""
-		if a.Peer.NodeName != "" {
-			name = " (" + a.Peer.NodeName + ")"
-		}
-		fmt.Fprintf(w, "%s via %s%s framing %s mtu %d subnet %s\n", a.Dst, a.Peer.Endpoint, name, a.Peer.Framing, a.Peer.MTU, a.Peer.Subnet)
-	case a.Reason != "":
-		fmt.Fprintf(w, "%s %s %s\n", a.Dst, a.Result, a.Reason)
-	default:
-		fmt.Fprintf(w, "%s %s\n", a.Dst, a.Result)
-	}
+	fmt.Fprintf(w, "%s %s\n", a.Dst, words(a.Result, a.Reason))
 	if a.Explain != "" {
 		fmt.Fprintf(w, "  %s\n", a.Explain)
+	}
+	if a.Peer != nil {
+		fmt.Fprintf(w, "  packets of up to %d bytes arrive unfragmented\n", a.Peer.MTU)
 	}
 }

@@ -85,9 +85,6 @@ func newNetworkGetCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return e.do(cmd, func(ctx context.Context, r *lease.Registry) error {
 				cfg, err := r.ReadNetworkConfig(ctx)
-				if errors.Is(err, lease.ErrNoConfig) {
-					return fmt.Errorf("%w; write one with: tweed network set 10.244.0.0/16", err)
-				}
 				if err != nil {
 					return err
 				}
@@ -199,7 +196,7 @@ func refuseObstacles(ctx context.Context, r *lease.Registry, current, next lease
 		return err
 	}
 	if why := obstacles(current, next, leases); len(why) > 0 {
-		return fmt.Errorf("not changed: %s; %s of running nodes cannot follow until restarted; repeat with --force to write it all the same",
+		return fmt.Errorf("not changed: %s; running nodes (%s) cannot follow until they are started again; repeat with --force to write it all the same",
 			strings.Join(why, ", "), count(uint64(len(leases)), "lease"))
 	}
 	return nil

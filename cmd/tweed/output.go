@@ -24,6 +24,7 @@ func (o *output) print(w io.Writer, v any, table func(io.Writer)) error {
 	if o.format == "json" {
 		enc := json.NewEncoder(w)
 		enc.SetIndent("", "  ")
+		enc.SetEscapeHTML(false)
 		return enc.Encode(v)
 	}
 	table(w)

@@ -85,6 +85,8 @@ func TestStatusOfANodeInTrouble(t *testing.T) {
 	s.Device.Offload, s.Device.OffloadReason = "none", "TUNSETOFFLOAD: invalid argument"
 	s.Rules = node.RulesStatus{Mode: "iptables", Masq: true, Forward: true}
 	s.Skipped = []node.SkippedLease{{Subnet: netip.MustParsePrefix("10.244.9.0/24"), BackendType: "wireguard", Why: "framing not supported"}}
+	s.Ignored = []node.IgnoredKey{{Key: "junk", Revision: 7, Reason: "key: not of the form <a.b.c.d>-<len>"}}
+	s.Ledger.SocketDropped = 1
 	s.Problems = []string{"etcd does not answer", "forwarding from the last good snapshot"}
 	var b bytes.Buffer
 	printStatus(&b, s, nil, testStart.Add(time.Second))
@@ -111,9 +113,10 @@ func TestTables(t *testing.T) {
 		{Subnet: netip.MustParsePrefix("10.244.8.0/24"), PublicIP: netip.MustParseAddr("192.0.2.2"), Reservation: true, Source: "snapshot"},
 	}})
 	b.WriteString("\n")
-	printRoute(&b, node.RouteAnswer{Dst: netip.MustParseAddr("10.244.8.3"), Result: "peer", Peer: &testPeers[0], Explain: "leased by n2"})
+	printRoute(&b, node.RouteAnswer{Dst: netip.MustParseAddr("10.244.8.3"), Result: "peer", Peer: &testPeers[0], Explain: "sent to n2 in vxlan framing, to 192.0.2.2:8472, subnet 10.244.8.0/24"})
 	printRoute(&b, node.RouteAnswer{Dst: netip.MustParseAddr("10.244.7.3"), Result: "local"})
 	printRoute(&b, node.RouteAnswer{Dst: netip.MustParseAddr("10.244.9.3"), Result: "drop", Reason: "no-route", Explain: "no lease covers the destination"})
+	printRoute(&b, node.RouteAnswer{Dst: netip.MustParseAddr("192.0.2.77"), Result: "outside", Explain: "it is outside the overlay's network 10.244.0.0/16; the host's own routing table decides"})
 	b.WriteString("\n")
 	printPeers(&b, node.PeersAnswer{})
 	golden(t, "tables.txt", b.Bytes())

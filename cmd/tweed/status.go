@@ -13,6 +13,7 @@ import (
 
 	"tweed/engine"
 	"tweed/node"
+	"tweed/tun"
 )
 
 func newStatusCommand() *cobra.Command {
@@ -36,8 +37,11 @@ func newStatusCommand() *cobra.Command {
 	})
 }
 
-// maxStatusPeers is how many peers status lists; the peers command lists all.
-const maxStatusPeers = 16
+// How many of a kind status lists before it points elsewhere.
+const (
+	maxStatusPeers   = 16
+	maxStatusIgnored = 5
+)
 
 // printStatus writes one line per part of the node, problems last, where the
 // eye rests.
@@ -65,8 +69,18 @@ func printStatus(w io.Writer, s node.Status, peers []node.PeerStatus, now time.T
 	line("received", "%s", ledgerText(s.Ledger.Rx))
 	printDrops(line, "drop sent", s.Ledger.Tx.Drops)
 	printDrops(line, "drop received", s.Ledger.Rx.Drops)
+	if n := s.Ledger.SocketDropped; n > 0 {
+		line("lost before", "%s by the kernel, a receive buffer was full", count(n, "datagram"))
+	}
 	for _, skip := range s.Skipped {
 		line("skipped lease", "%s %s: %s", skip.Subnet, skip.BackendType, skip.Why)
+	}
+	for i, key := range s.Ignored {
+		if i == maxStatusIgnored {
+			line("", "and %d more: tweed status -o json", len(s.Ignored)-i)
+			break
+		}
+		line("ignored key", "%s: %s", key.Key, key.Reason)
 	}
 	for _, p := range s.Problems {
 		line("problem", "%s", p)
@@ -140,7 +154,7 @@ func printDevice(line lineFunc, d node.DeviceStatus) {
 		state = "up"
 	}
 	offload := d.Offload
-	if d.OffloadReason != "" {
+	if d.OffloadReason != "" && d.Offload != tun.OffloadFull.String() {
 		offload += " (" + d.OffloadReason + ")"
 	}
 	line("device", "%s %s, %s, MTU %d, %s, offload %s", d.Name, addrText(d.Address), state, d.MTU, count(uint64(d.Workers), "worker"), offload)
