@@ -197,6 +197,7 @@ func (r *runner) announce() {
 	}
 	r.readyz.Store(r.fileProblem == "")
 	r.readyOnce.Do(func() {
+		r.publish() // who waited for this asks for the status next
 		close(r.ready)
 		sdNotify("READY=1")
 		r.log.Info("forwarding", "device", r.name, "subnet", r.own.Subnet, "network", r.overlay.cfg.Network,

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"tweed/encap"
 	"tweed/engine"
@@ -154,7 +155,7 @@ func (r *runner) forward() error {
 	}
 	r.linkUp = true
 	if len(changed) > 0 {
-		r.log.Info("device configured", "device", r.name, "set", changed)
+		r.log.Info("device configured", "device", r.name, "changed", strings.Join(changed, ", "))
 	}
 	return nil
 }
