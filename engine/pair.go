@@ -65,6 +65,7 @@ func newPair(tx *txWorker, rx []*rxWorker) (*pair, error) {
 // transmit is the transmit thread.
 func (p *pair) transmit() error {
 	var y yielder
+	c := newCourtesy()
 	for !p.stopped.Load() {
 		if p.holder.Load() == heldByRx {
 			if _, _, err := wait(-1, p.bell.fd); err != nil {
@@ -79,6 +80,7 @@ func (p *pair) transmit() error {
 		}
 		y.tick()
 		if n > 0 {
+			c.round(p.tx.batch.Flooded())
 			continue
 		}
 		if p.quiet >= quietRounds {

@@ -65,6 +65,10 @@ func (b *ReadBatch) Bytes(p *Packet, room int) []byte {
 // Full reports whether the last TryRead may have left packets in the queue.
 func (b *ReadBatch) Full() bool { return b.n == maxRead || !b.fits(b.Size()) }
 
+// Flooded reports whether the batch was filled by small packets: the sender is
+// faster than we are and does not use super-packets.
+func (b *ReadBatch) Flooded() bool { return b.n == maxRead }
+
 // fits reports whether one more packet of any size fits behind at.
 func (b *ReadBatch) fits(at int) bool { return len(b.slab)-at >= maxHdr+maxPacket }
 
