@@ -1,6 +1,8 @@
 package tun
 
 import (
+	"net/netip"
+
 	"pgregory.net/rapid"
 
 	"tweed/tun/tuntest"
@@ -31,3 +33,5 @@ func drawOptions(t *rapid.T, label string) []byte {
 	words := rapid.SampledFrom([]int{0, 0, 0, 1, 3, 10}).Draw(t, label)
 	return rapid.SliceOfN(rapid.Byte(), 4*words, 4*words).Draw(t, label+" bytes")
 }
+
+func mustAddr(s string) netip.Addr { return netip.MustParseAddr(s) }
