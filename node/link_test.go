@@ -1,0 +1,274 @@
+package node
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"tweed/netns"
+	"tweed/tun"
+)
+
+// testLink is a TUN device in a namespace of its own.
+func testLink(t *testing.T) (*overlayLink, *netlink.Handle, *tun.Device) {
+	t.Helper()
+	l := lan(t, netns.LANConfig{Nodes: 1})
+	nl, err := l.Nodes[0].Netlink()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nl.Close)
+	var d *tun.Device
+	err = l.Nodes[0].Do(func() (err error) {
+		d, err = tun.Open(tun.Config{Name: "tweed0", MTU: 1400, Queues: 1})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	o, err := newOverlayLink(nl, "tweed0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.sysctl = t.TempDir()
+	return o, nl, d
+}
+
+func testWant() linkWant {
+	return linkWant{addr: addr("10.1.2.0"), network: netip.MustParsePrefix("10.1.0.0/16"), mtu: 1426, gso: 60000}
+}
+
+func TestDeviceIsConfiguredOnceAndThenLeftAlone(t *testing.T) {
+	o, nl, _ := testLink(t)
+	dir := filepath.Join(o.sysctl, "ipv6", "conf", "tweed0")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	changed, err := o.ensure(testWant())
+	if err != nil || len(changed) == 0 {
+		t.Fatal(changed, err)
+	}
+	a := mustLink(t, nl, "tweed0").Attrs()
+	if a.MTU != 1426 || a.TxQLen != txQueueLen || a.GSOMaxSize != 60000 || a.Flags&1 == 0 {
+		t.Errorf("link %+v", a)
+	}
+	addrs, err := nl.AddrList(mustLink(t, nl, "tweed0"), netlink.FAMILY_V4)
+	if err != nil || len(addrs) != 1 || prefixOf(addrs[0].IPNet).String() != "10.1.2.0/32" {
+		t.Errorf("addresses %v, %v", addrs, err)
+	}
+	for _, f := range []string{"accept_ra", "disable_ipv6"} {
+		if _, err := os.ReadFile(filepath.Join(dir, f)); err != nil {
+			t.Errorf("%s was not set: %v", f, err)
+		}
+	}
+	if changed, err := o.ensure(testWant()); err != nil || len(changed) != 0 {
+		t.Errorf("the second time changed %v, %v", changed, err)
+	}
+}
+
+func TestWiderRouteComesBeforeTheNarrowerGoes(t *testing.T) {
+	o, nl, _ := testLink(t)
+	if _, err := o.ensure(testWant()); err != nil {
+		t.Fatal(err)
+	}
+	wide := testWant()
+	wide.network = netip.MustParsePrefix("10.0.0.0/12")
+	changed, err := o.ensure(wide)
+	want := []string{"route 10.0.0.0/12", "removed route 10.1.0.0/16"}
+	if err != nil || !slices.Equal(changed, want) {
+		t.Errorf("changed %v, %v, expected %v in this order", changed, err, want)
+	}
+	if got := ourRoutes(t, nl); len(got) != 1 || got[0] != wide.network {
+		t.Errorf("routes %v", got)
+	}
+}
+
+func TestForeignRoutesAndAddressesStay(t *testing.T) {
+	o, nl, _ := testLink(t)
+	// A route of the same network that somebody else made is a conflict ...
+	r := foreignRoute(t, nl, "10.1.0.0/16")
+	_, err := o.ensure(testWant())
+	if err == nil || !strings.Contains(err.Error(), "route 10.1.0.0/16 exists already, dev eth0: remove it (ip route del 10.1.0.0/16 dev eth0)") {
+		t.Errorf("conflict: %v", err)
+	}
+	if err := nl.RouteDel(r); err != nil {
+		t.Fatal(err)
+	}
+	// ... one inside it, or on our device under another protocol, is not.
+	foreignRoute(t, nl, "10.1.9.0/24")
+	onOurs := &netlink.Route{LinkIndex: o.index, Dst: ipNetOf(netip.MustParsePrefix("10.9.0.0/16")), Scope: netlink.SCOPE_LINK, Protocol: unix.RTPROT_STATIC}
+	outside := &netlink.Addr{IPNet: ipNetOf(netip.MustParsePrefix("172.31.0.1/32"))}
+	if _, err := o.ensure(testWant()); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(nl.RouteAdd(onOurs), nl.AddrAdd(mustLink(t, nl, "tweed0"), outside)); err != nil {
+		t.Fatal(err)
+	}
+	moved := testWant()
+	moved.addr = addr("10.1.3.0")
+	changed, err := o.ensure(moved)
+	if err != nil || !slices.Equal(changed, []string{"address 10.1.3.0/32", "removed address 10.1.2.0/32"}) {
+		t.Errorf("changed %v, %v", changed, err)
+	}
+	rs, err := mainRoutes(nl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{"10.1.9.0/24", "10.9.0.0/16"} {
+		if !slices.ContainsFunc(rs, func(r netlink.Route) bool { return prefixOf(r.Dst).String() == p }) {
+			t.Errorf("foreign route %s was removed", p)
+		}
+	}
+}
+
+func TestAnIdenticalRouteOfAnotherMakerIsTolerated(t *testing.T) {
+	o, nl, _ := testLink(t)
+	if err := nl.LinkSetUp(mustLink(t, nl, "tweed0")); err != nil {
+		t.Fatal(err)
+	}
+	if err := nl.RouteAdd(&netlink.Route{LinkIndex: o.index, Dst: ipNetOf(testWant().network), Protocol: unix.RTPROT_STATIC}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.ensure(testWant()); err != nil {
+		t.Error(err)
+	}
+	if got := ourRoutes(t, nl); len(got) != 0 {
+		t.Errorf("a second route was made: %v", got)
+	}
+}
+
+func TestADeviceThatIsGoneIsToldApartFromOneWithItsName(t *testing.T) {
+	o, nl, d := testLink(t)
+	d.Close()
+	bridge := netlink.NewLinkAttrs()
+	bridge.Name = "tweed0"
+	if err := nl.LinkAdd(&netlink.Bridge{LinkAttrs: bridge}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.ensure(testWant()); !errors.Is(err, errLinkGone) {
+		t.Errorf("got %v", err)
+	}
+	if err := nl.LinkDel(mustLink(t, nl, "tweed0")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestBlackholeRouteIsAddedOnceAndRemoved(t *testing.T) {
+	_, nl, _ := testLink(t)
+	subnet := netip.MustParsePrefix("10.1.2.0/24")
+	for _, add := range []bool{true, true, false, false} {
+		if err := blackhole(nl, subnet, add); err != nil {
+			t.Fatalf("add %t: %v", add, err)
+		}
+		if got := len(ourRoutes(t, nl)) == 1; got != add {
+			t.Errorf("add %t: present %t", add, got)
+		}
+	}
+}
+
+func TestPathMTUComesFromRouteOrInterfaceAndSeesLoops(t *testing.T) {
+	o, nl, _ := testLink(t)
+	if _, err := o.ensure(testWant()); err != nil {
+		t.Fatal(err)
+	}
+	c := newPathCache(nl, o.index)
+	check := func(ip string, mtu int, loops bool) {
+		t.Helper()
+		if m, l := c.get(addr(ip)); m != mtu || l != loops {
+			t.Errorf("%s: MTU %d, loops %t, expected %d, %t", ip, m, l, mtu, loops)
+		}
+	}
+	check("192.0.2.77", 1500, false)
+	check("10.1.77.1", 1426, true)
+	check("203.0.113.1", 0, false)
+	inUse := map[netip.Addr]bool{addr("192.0.2.77"): true}
+	if c.refresh(inUse) {
+		t.Error("nothing changed")
+	}
+	r := foreignRoute(t, nl, "192.0.2.77/32")
+	r.MTU = 1300
+	if err := nl.RouteReplace(r); err != nil {
+		t.Fatal(err)
+	}
+	if !c.refresh(inUse) {
+		t.Error("the new route was not seen")
+	}
+	check("192.0.2.77", 1300, false)
+	if err := nl.LinkSetDown(mustLink(t, nl, netns.LANInterface)); err != nil {
+		t.Fatal(err)
+	}
+	if c.refresh(inUse) {
+		t.Error("a flapping link changed the MTU")
+	}
+	check("192.0.2.77", 1300, false)
+	if len(c.paths) != 1 {
+		t.Errorf("%d addresses are remembered, 1 is in use", len(c.paths))
+	}
+}
+
+func TestNetWatchReportsLinksAndRoutes(t *testing.T) {
+	l := lan(t, netns.LANConfig{Nodes: 1})
+	nl, err := l.Nodes[0].Netlink()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nl.Close()
+	var w *netWatch
+	if err := l.Nodes[0].Do(func() (err error) { w, err = watchNet(quiet()); return err }); err != nil {
+		t.Fatal(err)
+	}
+	defer w.close()
+	foreignRoute(t, nl, "10.5.0.0/16")
+	<-w.changed
+	if err := nl.LinkSetMTU(mustLink(t, nl, netns.LANInterface), 1400); err != nil {
+		t.Fatal(err)
+	}
+	<-w.changed
+	if w.broken.Load() {
+		t.Error("the subscription ended")
+	}
+}
+
+func TestLocksNameTheHolderAndEndWithIt(t *testing.T) {
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	take := func(ns *netns.Namespace) (k *nsLock, err error) {
+		err = ns.Do(func() (err error) { k, err = lockNamespace("udp/8285", "UDP port 8285"); return err })
+		return k, err
+	}
+	first, err := take(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 300 { // more than the accept queue holds
+		if _, err := take(ns); err == nil || !strings.HasPrefix(err.Error(), "UDP port 8285 is in use by another engine (pid ") {
+			t.Fatalf("second: %v", err)
+		}
+	}
+	other, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	k, err := take(other)
+	if err != nil {
+		t.Errorf("another namespace: %v", err)
+	}
+	k.release()
+	first.release()
+	if k, err = take(ns); err != nil {
+		t.Errorf("after release: %v", err)
+	}
+	k.release()
+}
