@@ -10,8 +10,11 @@ const udpHeadroom = 46
 // bytes (RFC 791 section 3.1), less does not carry ordinary traffic.
 const MinMTU = 576
 
+// maxIPv4 is the longest IPv4 packet. A loopback underlay has an MTU above it.
+const maxIPv4 = 65535
+
 // MaxMTU is the largest inner MTU, in bytes, that fits an underlay MTU.
-func (f Framing) MaxMTU(underlay int) int { return underlay - f.Overhead() }
+func (f Framing) MaxMTU(underlay int) int { return min(underlay, maxIPv4) - f.Overhead() }
 
 // DefaultMTU is the inner MTU, in bytes, that tweed picks for an underlay MTU.
 // vxlan takes all there is. udp leaves udpHeadroom on an underlay of 1500 or
