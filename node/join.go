@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"os"
 	"strings"
-	"time"
 
 	"tweed/lease"
 )
@@ -59,7 +58,7 @@ func (r *runner) startCached() error {
 		return err
 	}
 	r.setPhase(PhaseCached)
-	r.log.Warn("forwarding from the last good snapshot until etcd answers",
+	r.log.Warn("forwarding from the last good snapshot until etcd confirms the lease",
 		"subnet", r.own.Subnet, "peers", len(r.peers), "saved", c.saved)
 	r.announce()
 	return nil
@@ -134,6 +133,7 @@ func (r *runner) follow() {
 		r.overlay.cfg = st.Config
 		r.next = r.overlay
 	}
+	moved := st.Own.Subnet.IsValid() && st.Own.Subnet != r.own.Subnet
 	if st.Own.Subnet.IsValid() {
 		r.own = st.Own
 	}
@@ -141,7 +141,11 @@ func (r *runner) follow() {
 		r.peers, r.source, r.revision = st.Peers, sourceEtcd, st.Revision
 	}
 	if r.dataProblem == "" {
-		r.note(&r.linkProblem, "device or table not up to date, trying again", r.forward())
+		bring := r.applyTable
+		if grown || moved {
+			bring = r.forward
+		}
+		r.note(&r.linkProblem, "device or table not up to date, trying again", bring())
 	}
 	r.announce()
 	if st.Synced {
@@ -197,6 +201,7 @@ func (r *runner) announce() {
 	}
 	r.readyz.Store(r.fileProblem == "")
 	r.readyOnce.Do(func() {
+		r.logUnderlay()
 		r.publish() // who waited for this asks for the status next
 		close(r.ready)
 		sdNotify("READY=1")
@@ -214,60 +219,6 @@ func (r *runner) setBlackhole() {
 	if err == nil {
 		r.blackholed = r.own.Subnet
 	}
-}
-
-// reconcile compares everything on the host with what it shall be and repairs
-// it, whoever changed it. It reports whether it has to be called again soon.
-func (r *runner) reconcile() (again bool) {
-	if r.watch.broken.Load() {
-		r.renewWatch()
-	}
-	if r.dataProblem != "" || r.dev == nil {
-		return false
-	}
-	if _, err := r.link.get(); errors.Is(err, errLinkGone) {
-		r.log.Warn("TUN device was deleted; making it again", "device", r.name)
-		r.rebuild()
-		return false
-	}
-	if !r.started {
-		return false
-	}
-	again = !r.refreshPaths()
-	r.note(&r.linkProblem, "device not configured, trying again", r.forward())
-	if r.cfg.BlackholeRoute {
-		r.setBlackhole()
-	}
-	if r.fileProblem != "" {
-		r.announce()
-	}
-	return again
-}
-
-// refreshPaths looks again at the ways to all peers, unless it did so a moment
-// ago.
-func (r *runner) refreshPaths() bool {
-	if time.Since(r.pathsAt) < pathInterval {
-		return false
-	}
-	r.pathsAt = time.Now()
-	inUse := make(map[netip.Addr]bool, len(r.peers))
-	for _, p := range r.peers {
-		inUse[p.PublicIP] = true
-	}
-	if r.path.refresh(inUse) {
-		r.log.Info("path MTU to peers changed")
-	}
-	return true
-}
-
-func (r *runner) renewWatch() {
-	w, err := watchNet(r.log)
-	if err != nil {
-		return // the periodic look goes on; the next one tries again
-	}
-	r.watch.close()
-	r.watch = w
 }
 
 // stop is the clean way out: what was learnt is saved, the lease stays unless

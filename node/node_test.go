@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/goleak"
 
@@ -570,6 +571,105 @@ func TestFailedStartsLeaveNothing(t *testing.T) {
 	if ls := te.leases(); len(ls) != 0 {
 		t.Errorf("leases %+v, expected none", ls)
 	}
+}
+
+func TestStopWhileWaitingForEtcdLeavesNothing(t *testing.T) {
+	te := startEtcd(t)
+	te.stop()
+	l := lan(t, netns.LANConfig{Nodes: 1})
+	before := snapshotNet(t, l.Nodes[0])
+	cfg := baseConfig(t, te, "a")
+	a := begin(t, l.Nodes[0], cfg)
+	for {
+		if s, err := a.client.Status(context.Background()); err == nil && s.Phase == PhaseWaiting && s.Etcd.LastError != "" {
+			if s.Ready || len(s.Problems) == 0 {
+				t.Errorf("status %+v: expected not ready and a problem", s)
+			}
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if err := a.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if after := snapshotNet(t, l.Nodes[0]); after != before {
+		t.Errorf("left behind:\nbefore %s\nafter  %s", before, after)
+	}
+	if _, err := os.Stat(cfg.StateDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the state directory was written")
+	}
+}
+
+func TestBackendChangedWhileAwayIsTakenUpAfterACachedStart(t *testing.T) {
+	te := startEtcd(t)
+	te.setNetwork(`{"Network":"10.244.0.0/16"}`)
+	l := lan(t, netns.LANConfig{Nodes: 2})
+	a := up(t, l.Nodes[0], baseConfig(t, te, "a"))
+	a.untilPeers(0)
+	own := a.get().Lease.Subnet
+	if err := a.stop(); err != nil {
+		t.Fatal(err)
+	}
+	te.setNetwork(`{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`)
+	b := up(t, l.Nodes[1], baseConfig(t, te, "b"))
+	b.untilPeers(1)
+	to := b.echo()
+	te.stop()
+	a = up(t, l.Nodes[0], a.cfg)
+	if s := a.get(); s.Phase != PhaseCached || s.Framing != encap.FramingUDP {
+		t.Errorf("status %+v: expected cached and udp", s)
+	}
+	te.start()
+	s := a.until("joined", func(s Status) bool { return s.Phase == PhaseRunning && s.Peers["vxlan"] == 1 })
+	if s.Framing != encap.FramingVXLAN || s.Lease.Subnet != own || s.Device.MTU != 1450 || s.Lease.BackendType != "vxlan" {
+		t.Errorf("status %+v: expected vxlan, MTU 1450 and subnet %s", s, own)
+	}
+	if err := a.reach(to, 1400); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPublicIPOfAnotherNodeIsRefused(t *testing.T) {
+	te := startEtcd(t)
+	te.setNetwork(`{"Network":"10.244.0.0/16"}`)
+	site1, site2 := lan(t, netns.LANConfig{Nodes: 1}), lan(t, netns.LANConfig{Nodes: 1})
+	up(t, site1.Nodes[0], baseConfig(t, te, "first"))
+	cfg := baseConfig(t, te, "second")
+	err := <-begin(t, site2.Nodes[0], cfg).ended
+	if !errors.Is(err, lease.ErrPublicIPTaken) || !strings.Contains(err.Error(), `"first"`) || !strings.Contains(err.Error(), `"second"`) || strings.Contains(err.Error(), "\n") {
+		t.Errorf("got %v, expected one line naming both nodes", err)
+	}
+	if _, err := os.Stat(cfg.StateDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the state directory was written")
+	}
+}
+
+func TestLostUnderlayAddressIsAProblemAndNothingMore(t *testing.T) {
+	te := startEtcd(t)
+	te.setNetwork(`{"Network":"10.244.0.0/16"}`)
+	l := lan(t, netns.LANConfig{Nodes: 1})
+	a := up(t, l.Nodes[0], baseConfig(t, te, "a"))
+	nl, err := l.Nodes[0].Netlink()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nl.Close()
+	eth := mustLink(t, nl, netns.LANInterface)
+	addrs, err := nl.AddrList(eth, netlink.FAMILY_V4)
+	if err != nil || len(addrs) != 1 {
+		t.Fatal(addrs, err)
+	}
+	if err := nl.AddrDel(eth, &addrs[0]); err != nil {
+		t.Fatal(err)
+	}
+	a.until("problem", func(s Status) bool {
+		return strings.Contains(strings.Join(s.Problems, "\n"), "no longer has the address 192.0.2.11")
+	})
+	addrs[0].Flags = 0
+	if err := nl.AddrAdd(eth, &addrs[0]); err != nil {
+		t.Fatal(err)
+	}
+	a.until("no problem", func(s Status) bool { return len(s.Problems) == 0 })
 }
 
 func TestSecondEngineNamesTheFirst(t *testing.T) {

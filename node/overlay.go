@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"tweed/encap"
 	"tweed/engine"
@@ -201,6 +202,7 @@ func (r *runner) rebuild() {
 	if r.next.mtu != 0 {
 		o = r.next
 	}
+	r.rebuiltAt = time.Now()
 	r.closeData()
 	err := r.openDevice()
 	if err == nil {
@@ -217,9 +219,6 @@ func (r *runner) rebuild() {
 	r.note(&r.dataProblem, "", nil)
 	r.log.Info("data plane is up again", "device", r.name)
 }
-
-// needsRepair reports that the data plane is down although it should be up.
-func (r *runner) needsRepair() bool { return r.dataProblem != "" }
 
 // note records a problem, or that it is over, and logs a new one once.
 func (r *runner) note(place *string, event string, err error) {

@@ -99,6 +99,7 @@ func (r *runner) problems(st lease.State) []string {
 		out = append(out, text)
 	}
 	add("data plane is down", r.dataProblem)
+	add("underlay", r.underlayProblem)
 	add("own lease", st.OwnProblem)
 	add("device", r.linkProblem)
 	add("cannot join", r.joinProblem)

@@ -38,9 +38,11 @@ const (
 	// reconcileInterval is how often everything is compared with what it shall
 	// be, without any hint that it changed.
 	reconcileInterval = 10 * time.Second
-	// repairRetry is the time between attempts to make a device or an engine
-	// again.
+	// repairRetry is the time between attempts to make the data plane again.
 	repairRetry = 500 * time.Millisecond
+	// reconcileShare is the inverse of the part of the time spent on comparing
+	// when links and routes never stop changing.
+	reconcileShare = 10
 	// publishInterval refreshes the view while etcd is awaited.
 	publishInterval = 500 * time.Millisecond
 	// releaseTimeout bounds giving the lease back on the way out.
@@ -100,13 +102,16 @@ type runner struct {
 	file      lease.SubnetFile // as last written
 	recreated int
 	linkUp    bool
-	pathsAt   time.Time
+	pathsAt   time.Time     // of the last look at the ways to all peers
+	rebuiltAt time.Time     // of the last attempt to make the data plane again
+	reconTook time.Duration // the last reconcile
+	told      bool          // the underlay was logged
 	rulesSet  ruleSet
 	// blackholed is the subnet with a blackhole route, invalid if none.
 	blackholed netip.Prefix
 
 	// Problems of the node's own parts, empty when there is none.
-	joinProblem, dataProblem, linkProblem, fileProblem, holeProblem string
+	joinProblem, dataProblem, linkProblem, fileProblem, holeProblem, underlayProblem string
 }
 
 // undo registers what to do when Run returns, in reverse order.
@@ -168,7 +173,6 @@ func (r *runner) prepare() error {
 	if err != nil {
 		return err
 	}
-	r.log.Info("underlay chosen", "interface", r.u.name, "address", r.u.addr, "public_ip", r.u.publicIP, "mtu", r.u.mtu, "by", r.u.why)
 	if err := r.lockTUNName(); err != nil {
 		return err
 	}
@@ -437,7 +441,7 @@ func (r *runner) loop(ctx context.Context) error {
 			r.follow()
 		case <-r.watch.changed:
 			if settle == nil {
-				settle = time.After(netSettle)
+				settle = time.After(r.settleDelay())
 			}
 		case <-settle:
 			settle = nil
@@ -447,24 +451,24 @@ func (r *runner) loop(ctx context.Context) error {
 		case <-reconcile.C:
 			r.reconcile()
 		case e := <-failed:
-			r.log.Warn("packet workers stopped; making device and engine again", "err", e)
-			r.rebuild()
+			r.note(&r.dataProblem, "packet workers stopped; making device and engine again", e)
 		case _, open := <-r.events:
 			if !open {
 				r.events = nil
 			} else if settle == nil {
-				settle = time.After(netSettle)
+				settle = time.After(r.settleDelay())
 			}
 		case <-repair:
 			repair = nil
 			r.rebuild()
 		case <-publish.C:
+			r.logUnderlay() // the start takes long: say what it works with
 		}
 		if err != nil {
 			return err
 		}
-		if r.needsRepair() && repair == nil {
-			repair = time.After(repairRetry)
+		if r.dataProblem != "" && repair == nil {
+			repair = time.After(r.repairDelay())
 		}
 		r.publish()
 	}
