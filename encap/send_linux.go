@@ -103,11 +103,15 @@ type control [segmentSpace + tosSpace]byte
 // SendBatch collects segments into messages. It belongs to one goroutine.
 // What is added is borrowed until Send returns.
 type SendBatch struct {
-	msgs   [maxMessages]message
-	hdrs   [maxMessages]mmsghdr
-	ctrl   [maxMessages]control
-	iovs   [maxPieces]unix.Iovec
-	tags   [maxBatch]uint64
+	msgs [maxMessages]message
+	hdrs [maxMessages]mmsghdr
+	ctrl [maxMessages]control
+	iovs [maxPieces]unix.Iovec
+	tags [maxBatch]uint64
+	// one and few are a single segment's message: head and tail are two pieces
+	// at most.
+	one    [1]mmsghdr
+	few    [2]unix.Iovec
 	n      int // messages
 	pieces int
 	segs   int
@@ -249,8 +253,13 @@ func (s *Socket) refused(b *SendBatch, i int, e syscall.Errno, res *SendResult) 
 	if m.segments > 1 {
 		switch e {
 		case unix.EIO, unix.EINVAL:
-			s.gso.Store(false)
+			before := res.Sent.Segments
 			s.sendSegments(b, i, res)
+			if res.Sent.Segments > before {
+				// Single datagrams go the same way, so segmentation is to blame and
+				// not the destination: a bad lease slows down nobody else.
+				s.gso.Store(false)
+			}
 			return
 		case unix.EMSGSIZE:
 			m.dst.noGSO.Store(true)
@@ -265,8 +274,8 @@ func (s *Socket) refused(b *SendBatch, i int, e syscall.Errno, res *SendResult) 
 func (s *Socket) sendSegments(b *SendBatch, i int, res *SendResult) {
 	m := &b.msgs[i]
 	all := unsafe.Slice(b.hdrs[i].hdr.Iov, b.hdrs[i].hdr.Iovlen)
-	one := [1]mmsghdr{b.hdrs[i]}
-	h := &one[0].hdr
+	b.one[0] = b.hdrs[i]
+	h := &b.one[0].hdr
 	if h.Controllen > 0 { // drop UDP_SEGMENT, which comes first, keep IP_TOS
 		rest := int(h.Controllen) - segmentSpace
 		h.Control = &b.ctrl[i][segmentSpace]
@@ -275,7 +284,6 @@ func (s *Socket) sendSegments(b *SendBatch, i int, res *SendResult) {
 			h.Control = nil
 		}
 	}
-	var iovs [3]unix.Iovec
 	at, off := 0, uint64(0)
 	tags := b.tags[m.first : m.first+m.segments]
 	for left := m.bytes; left > 0; tags = tags[1:] {
@@ -284,14 +292,14 @@ func (s *Socket) sendSegments(b *SendBatch, i int, res *SendResult) {
 		for need := uint64(size); need > 0; n++ {
 			p := &all[at]
 			take := min(need, p.Len-off)
-			iovs[n] = unix.Iovec{Base: (*byte)(unsafe.Add(unsafe.Pointer(p.Base), off)), Len: take}
+			b.few[n] = unix.Iovec{Base: (*byte)(unsafe.Add(unsafe.Pointer(p.Base), off)), Len: take}
 			need -= take
 			if off += take; off == p.Len {
 				at, off = at+1, 0
 			}
 		}
-		h.Iov, h.Iovlen = &iovs[0], uint64(n)
-		s.sendOne(one[:], uint64(size), tags[:1], res)
+		h.Iov, h.Iovlen = &b.few[0], uint64(n)
+		s.sendOne(b.one[:], uint64(size), tags[:1], res)
 		left -= size
 	}
 }
