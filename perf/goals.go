@@ -1,6 +1,7 @@
 package main
 
-// Goal is what issue "The fast path" asks of a tweed subject for one figure.
+// Goal is what is asked of a tweed subject for one figure: the floor has to be
+// reached, the goal is what the work is for.
 type Goal struct {
 	link, load, metric string
 	// toKernel means the figure's ratio to the kernel's vxlan is judged, not
@@ -11,8 +12,8 @@ type Goal struct {
 	lower bool
 }
 
-// goals are those of the issue's two "Must show" tables that this harness
-// measures. Its table look-up time and allocations belong to `go test -bench`.
+// goals are those this harness can measure; the cost of a table look-up and
+// allocations per packet belong to `go test -bench`.
 var goals = []Goal{
 	{link: linkVirtual, load: "tcp1", metric: metricGbit, toKernel: true, floor: 0.33, goal: 0.50},
 	{link: linkVirtual, load: "tcp4", metric: metricGbit, toKernel: true, floor: 0.33, goal: 0.50},

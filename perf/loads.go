@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// defaultLoads are the loads of issue "The fast path". idle stands last so that
+// defaultLoads are what is measured without --loads. idle stands last so that
 // the memory it reads is what the engines hold after traffic.
 const defaultLoads = "tcp1,tcp4,tcp1-reverse,tcp1-both,udp64,udp1300,ping,idle"
 
@@ -216,6 +216,7 @@ func (l load) rows() []Row {
 	}
 	rows := []Row{
 		cost(metricRSS, "RSS of the larger engine", "MiB"),
+		cost(metricRSSBoth, "RSS of both engines", "MiB"),
 		cost(metricIdle, "idle CPU of the busier engine", "% of a core"),
 	}
 	for i := range rows {

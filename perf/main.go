@@ -50,8 +50,8 @@ func mainStatus(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "perf:", err)
 		return exitUsage
 	}
-	if os.Geteuid() != 0 {
-		fmt.Fprintln(stderr, "perf: needs root to make network namespaces and devices: sudo go run ./perf")
+	if err := netns.CheckPrivileges(); err != nil {
+		fmt.Fprintf(stderr, "perf: needs root to make network namespaces and devices (%v); type: sudo go run ./perf\n", err)
 		return exitFailed
 	}
 	signals, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)

@@ -51,21 +51,18 @@ func readCPU(pid int) (cpuReading, error) {
 	return r, nil
 }
 
-// since is the CPU time used after earlier was read.
+// since is the CPU time used after earlier was read. A thread can be missing
+// from a listing made while others end, so the sum of the threads is kept
+// within what the coarse clock allows.
 func (r cpuReading) since(earlier cpuReading) time.Duration {
 	var sum time.Duration
 	for tid, run := range r.threads {
 		sum += run - earlier.threads[tid]
 	}
-	for tid := range earlier.threads {
-		if _, alive := r.threads[tid]; !alive {
-			return max(sum, r.total-earlier.total)
-		}
-	}
-	if len(r.threads) == 0 {
-		return r.total - earlier.total
-	}
-	return sum
+	const tick = time.Second / userHz
+	total := r.total - earlier.total
+	// Both totals are cut to whole ticks, user and system time each.
+	return max(min(sum, total+2*tick), total-2*tick, 0)
 }
 
 // parseStat returns the sum of utime and stime in the text of /proc/PID/stat

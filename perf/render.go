@@ -58,7 +58,9 @@ func (t *Table) grid(heading, group string, names []string, pick func(Cell) *Spr
 	if group == "" {
 		g.columns = append([]string{""}, used...)
 	}
-	for _, row := range t.Rows {
+	rows := slices.Clone(t.Rows)
+	slices.SortStableFunc(rows, func(a, b ResultRow) int { return strings.Compare(b.Group, a.Group) }) // traffic before cost
+	for _, row := range rows {
 		if group != "" && row.Group != group {
 			continue
 		}
@@ -83,7 +85,7 @@ func (t *Table) grid(heading, group string, names []string, pick func(Cell) *Spr
 
 // goalGrid compares with the issue's floors and goals.
 func (r *Report) goalGrid() grid {
-	g := grid{heading: "Floors and goals of issue \"The fast path\"", columns: []string{"", "link", "subject", "median", "floor", "goal", "verdict"}}
+	g := grid{heading: "Floors and goals", columns: []string{"", "link", "subject", "median", "floor", "goal", "verdict"}}
 	for _, j := range r.judgements() {
 		g.lines = append(g.lines, []string{
 			j.title, j.link, j.subject, j.result.String(), number(j.floor), number(j.goal), j.verdict,
@@ -181,7 +183,11 @@ func (r *Report) writeMarkdown(w io.Writer, chart string) {
 	}
 	versions := grid{heading: "Subjects", columns: []string{"", "MTU", "version"}}
 	for _, s := range r.Subjects {
-		versions.lines = append(versions.lines, []string{s.Name, strconv.Itoa(s.MTU), s.Version})
+		mtu := "-"
+		if s.MTU > 0 {
+			mtu = strconv.Itoa(s.MTU)
+		}
+		versions.lines = append(versions.lines, []string{s.Name, mtu, s.Version})
 	}
 	versions.writeMarkdown(w)
 	fmt.Fprintf(w, "## What these figures say and what they do not\n\n")
