@@ -410,7 +410,7 @@ func (m *Manager) countFinding(f finding) {
 
 // report logs what was found, outside the lock.
 func (m *Manager) report(findings []finding, note string) {
-	const most = 10 // lines; State has them all
+	const most = 100 // lines at once; State has them all
 	for i, f := range findings {
 		if i == most {
 			m.log.Warn("more lease keys ignored", "count", len(findings)-most)

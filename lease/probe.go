@@ -20,8 +20,10 @@ import (
 )
 
 const (
-	// probeTimeout bounds the look at one endpoint.
+	// probeTimeout bounds the look at one endpoint; askTimeout the part of it that
+	// is spent on the scheme the endpoint names.
 	probeTimeout = 1500 * time.Millisecond
+	askTimeout   = 900 * time.Millisecond
 	// probeValid is how long a result is reused, so that an outage costs etcd
 	// and us one probe per interval, whatever is waiting.
 	probeValid = time.Second
@@ -84,6 +86,8 @@ type verdict struct {
 	// healthy says that an etcd v3 answered, so that only our own connection to
 	// it is at fault.
 	healthy bool
+	// silent says that a connection was made but no answer came on it.
+	silent bool
 }
 
 // why looks at every endpoint, or returns what was found a moment ago.
@@ -118,11 +122,39 @@ func (p *prober) why(ctx context.Context, cfg EtcdConfig) verdict {
 }
 
 func probeEndpoint(ctx context.Context, endpoint string, cfg EtcdConfig) verdict {
-	status, body, bad := ask(ctx, endpoint, "/version", cfg)
-	if bad != nil {
-		return *bad
+	first, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	status, body, bad := ask(first, endpoint, "/version", cfg)
+	switch {
+	case bad == nil:
+		return versionProblem(status, body)
+	case bad.silent:
+		// etcd says nothing to a client that speaks TLS to its plain port, or
+		// plain HTTP to its TLS port.
+		if v := wrongScheme(ctx, endpoint); v != nil {
+			return *v
+		}
 	}
-	return versionProblem(status, body)
+	return *bad
+}
+
+// wrongScheme reports whether the endpoint answers to the other scheme.
+func wrongScheme(ctx context.Context, endpoint string) *verdict {
+	if host, ok := strings.CutPrefix(endpoint, "https://"); ok {
+		status, _, bad := ask(ctx, "http://"+host, "/version", EtcdConfig{})
+		if bad != nil || status != http.StatusOK {
+			return nil
+		}
+		return &verdict{problem: "it does not speak TLS: write http:// instead of https://", access: true}
+	}
+	// Whether it speaks TLS is all that is asked; nothing is sent to it.
+	dialer := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}}
+	conn, err := dialer.DialContext(ctx, "tcp", strings.TrimPrefix(endpoint, "http://"))
+	if err != nil {
+		return nil
+	}
+	conn.Close()
+	return &verdict{problem: "it wants TLS: write https:// instead of http://, and give its CA with --etcd-cafile", access: true}
 }
 
 // ask puts one HTTP question to an endpoint on a connection of its own. bad says
@@ -205,7 +237,7 @@ func answerProblem(err error) *verdict {
 	}
 	// A port that speaks gRPC only ends a plain HTTP request without an answer,
 	// which looks the same as an etcd that is starting or hanging.
-	return &verdict{problem: "connected, but etcd did not answer in time"}
+	return &verdict{problem: "connected, but etcd did not answer in time", silent: true}
 }
 
 func versionProblem(status int, body []byte) verdict {
