@@ -59,6 +59,9 @@ type Socket struct {
 // Listen opens a Socket. A port in use, an address that is not local and a
 // missing permission come back as errors naming the address.
 func Listen(cfg SocketConfig) (*Socket, error) {
+	if a := cfg.Addr.Addr(); !a.Is4() && !a.Is4In6() {
+		return nil, fmt.Errorf("encap: UDP %v: expected an IPv4 address and port", cfg.Addr)
+	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.IPPROTO_UDP)
 	if err != nil {
 		return nil, fmt.Errorf("encap: open UDP socket: %w", err)
