@@ -29,9 +29,16 @@ type sent struct {
 	datagrams []datagram
 }
 
+// failer is what *testing.T and *rapid.T have in common here.
+type failer interface {
+	Helper()
+	Errorf(format string, args ...any)
+	Fatalf(format string, args ...any)
+}
+
 // wire stands in for the kernel behind a socket.
 type wire struct {
-	t testing.TB
+	t failer
 	// answer decides what becomes of a message; nil accepts everything.
 	answer func(m *sent) syscall.Errno
 	// limit is how many messages one call takes; 0 means all.
@@ -43,7 +50,7 @@ type wire struct {
 	datagrams []datagram
 }
 
-func newWire(t testing.TB) (*wire, *Socket) {
+func newWire(t failer) (*wire, *Socket) {
 	w := &wire{t: t}
 	s := &Socket{fd: -1, sendmmsg: w.sendmmsg}
 	s.gso.Store(true)
