@@ -14,7 +14,10 @@ import (
 // recorder stands in for the kernel behind a queue: it keeps what is written,
 // and answers what the script says.
 type recorder struct {
-	t testing.TB
+	t interface {
+		Helper()
+		Errorf(format string, args ...any)
+	}
 	// answer decides the result of a write; nil accepts everything.
 	answer func(raw []byte) syscall.Errno
 	raw    [][]byte // accepted writes, virtio header first
