@@ -199,10 +199,11 @@ func (r *runner) announce() {
 		}
 		r.note(&r.fileProblem, "subnet file not written; containers cannot be given addresses", err)
 	}
+	// Who waits for readiness reads the rest of the status next.
+	r.publish()
 	r.readyz.Store(r.fileProblem == "")
 	r.readyOnce.Do(func() {
 		r.logUnderlay()
-		r.publish() // who waited for this asks for the status next
 		close(r.ready)
 		sdNotify("READY=1")
 		r.log.Info("forwarding", "device", r.name, "subnet", r.own.Subnet, "network", r.overlay.cfg.Network,
