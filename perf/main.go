@@ -54,7 +54,8 @@ func mainStatus(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "perf: needs root to make network namespaces and devices (%v); type: sudo go run ./perf\n", err)
 		return exitFailed
 	}
-	signals, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	// SIGPIPE stands for a reader of the progress that has gone.
+	signals, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
 	defer stop()
 	ctx, cancel := context.WithCancelCause(context.Background())
 	context.AfterFunc(signals, func() {

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vishvananda/netlink"
+
 	"tweed/netns"
 )
 
@@ -18,6 +20,13 @@ func TestMain(m *testing.M) {
 	noNamespaces = err
 	if err == nil && done {
 		os.Exit(status)
+	}
+	if _, inside := netns.OutsideUID(); inside {
+		// The namespace of our own that Elevate made has its loopback down.
+		if lo, err := netlink.LinkByName("lo"); err != nil || netlink.LinkSetUp(lo) != nil {
+			fmt.Fprintln(os.Stderr, "perf: loopback up:", err)
+			os.Exit(1)
+		}
 	}
 	os.Exit(m.Run())
 }

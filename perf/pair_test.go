@@ -53,7 +53,8 @@ func TestKernelSubjects(t *testing.T) {
 						}
 					}
 				}
-				got := b.measure(t.Context(), load{name: "ping", kind: loadPing}, o)
+				var got Sample
+				b.measure(t.Context(), load{name: "ping", kind: loadPing}, o, &got)
 				if got.Discarded != "" || got.Values[metricPingAvg] <= 0 {
 					t.Errorf("%+v", got)
 				}
@@ -71,7 +72,8 @@ func TestTrafficPastTheSubjectIsDiscarded(t *testing.T) {
 	}
 	defer o.down()
 	o.addr = underlayAddr // as a broken subject would: the peer answers, but not through vxlan
-	got := b.measure(t.Context(), load{name: "ping", kind: loadPing}, o)
+	var got Sample
+	b.measure(t.Context(), load{name: "ping", kind: loadPing}, o, &got)
 	if !strings.Contains(got.Discarded, "did not cross "+kernelVXLANDev) {
 		t.Errorf("%+v", got)
 	}

@@ -43,9 +43,30 @@ func (b *bench) close() {
 	os.RemoveAll(b.dir)
 }
 
+// perSubject is about what bringing a subject up and down takes, for estimate.
+const perSubject = 2 * time.Second
+
+// estimate is about how long the run takes.
+func (o *options) estimate() time.Duration {
+	var once time.Duration
+	for _, l := range o.loads {
+		switch l.kind {
+		case loadIdle:
+			once += time.Duration(o.idle) * time.Second / time.Duration(len(o.subjects))
+		case loadPing:
+			once += time.Duration(o.pings)*pingInterval + settle
+		default:
+			once += time.Duration(o.seconds)*time.Second + 2*settle
+		}
+	}
+	all := (once + perSubject) * time.Duration(len(o.subjects)*len(o.links)*o.rounds)
+	return all.Round(time.Second)
+}
+
 // run does all rounds. On an interrupt it returns the cause; the report then
 // holds the rounds so far.
 func (b *bench) run(ctx context.Context) error {
+	fmt.Fprintf(b.progress, "%s, about %v\n", plural(b.opt.rounds, "round"), b.opt.estimate())
 	for round := 1; round <= b.opt.rounds; round++ {
 		for _, link := range b.opt.links {
 			if err := b.round(ctx, round, link); err != nil {
@@ -83,21 +104,19 @@ func (b *bench) round(ctx context.Context, round int, link string) error {
 	}
 	for i, l := range b.opt.loads {
 		samples := make([]Sample, len(overlays))
+		for j, o := range overlays {
+			samples[j] = Sample{Round: round, Link: link, Subject: o.subject, Load: l.name}
+		}
 		var err error
 		if l.kind == loadIdle {
-			err = b.idle(ctx, overlays, samples)
+			err = b.idle(ctx, l, overlays, samples)
 		} else {
 			err = b.turns(ctx, l, overlays, samples, round+i)
 		}
 		if err != nil {
 			return err
 		}
-		for j, o := range overlays {
-			s := &samples[j]
-			s.Round, s.Link, s.Subject, s.Load = round, link, o.subject, l.name
-			b.report.Samples = append(b.report.Samples, *s)
-			b.say(l, s)
-		}
+		b.report.Samples = append(b.report.Samples, samples...)
 	}
 	return nil
 }
@@ -110,10 +129,11 @@ func (b *bench) turns(ctx context.Context, l load, overlays []*overlay, samples 
 		if err := sleep(ctx, settle); err != nil {
 			return err
 		}
-		samples[i] = b.measure(ctx, l, overlays[i])
+		b.measure(ctx, l, overlays[i], &samples[i])
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
+		b.say(l, &samples[i])
 	}
 	return nil
 }
@@ -148,19 +168,20 @@ func (b *bench) bring(ctx context.Context, s chosen, round int, link string) (*o
 	return o, nil
 }
 
-// measure runs one load on one subject.
-func (b *bench) measure(ctx context.Context, l load, o *overlay) Sample {
-	s, err := b.tryMeasure(ctx, l, o)
+// measure runs one load on one subject and completes its sample.
+func (b *bench) measure(ctx context.Context, l load, o *overlay, s *Sample) {
+	values, err := b.tryMeasure(ctx, l, o)
 	if err != nil {
-		s = Sample{Discarded: err.Error()}
+		s.Discarded = err.Error()
+		return
 	}
-	return s
+	s.Values = values
 }
 
-func (b *bench) tryMeasure(ctx context.Context, l load, o *overlay) (Sample, error) {
+func (b *bench) tryMeasure(ctx context.Context, l load, o *overlay) (map[string]float64, error) {
 	before, err := o.read()
 	if err != nil {
-		return Sample{}, err
+		return nil, err
 	}
 	var t traffic
 	if l.kind == loadPing {
@@ -170,22 +191,22 @@ func (b *bench) tryMeasure(ctx context.Context, l load, o *overlay) (Sample, err
 		t, err = b.runIperf3(ctx, l, o)
 	}
 	if err != nil {
-		return Sample{}, err
+		return nil, err
 	}
 	after, err := o.read()
 	if err != nil {
-		return Sample{}, err
+		return nil, err
 	}
 	moved := after.since(before)
 	if err := o.crossed(l, t, moved); err != nil {
-		return Sample{}, err
+		return nil, err
 	}
 	moved.costs(l, t, len(o.engines) > 0)
-	return Sample{Values: t.values}, nil
+	return t.values, nil
 }
 
 // idle watches all engines at once while nothing is sent.
-func (b *bench) idle(ctx context.Context, overlays []*overlay, samples []Sample) error {
+func (b *bench) idle(ctx context.Context, l load, overlays []*overlay, samples []Sample) error {
 	if err := sleep(ctx, settle); err != nil {
 		return err
 	}
@@ -202,15 +223,16 @@ func (b *bench) idle(ctx context.Context, overlays []*overlay, samples []Sample)
 	}
 	elapsed := time.Since(began)
 	for i, o := range overlays {
-		if samples[i].Discarded != "" {
-			continue
+		var err error
+		if samples[i].Discarded == "" {
+			samples[i].Values, err = o.idleValues(before[i], elapsed)
 		}
-		values, err := o.idleValues(before[i], elapsed)
 		if err != nil {
 			samples[i].Discarded = err.Error()
-			continue
 		}
-		samples[i].Values = values
+		if len(o.engines) > 0 {
+			b.say(l, &samples[i])
+		}
 	}
 	return nil
 }
