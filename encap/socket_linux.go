@@ -109,7 +109,7 @@ func (s *Socket) configure(cfg SocketConfig) error {
 	if err := unix.Bind(s.fd, sa); err != nil {
 		switch {
 		case errors.Is(err, unix.EADDRINUSE):
-			return fmt.Errorf("encap: UDP %v is in use by another program", cfg.Addr)
+			return fmt.Errorf("encap: UDP %v is in use by another program or a vxlan device of the kernel: stop or delete it (see: ss -lun, ip -d link show type vxlan), or give the network another port", cfg.Addr)
 		case errors.Is(err, unix.EADDRNOTAVAIL):
 			return fmt.Errorf("encap: UDP %v: %v is no address of this host", cfg.Addr, cfg.Addr.Addr())
 		}
