@@ -98,3 +98,24 @@ func SetECN(ip []byte, ecn uint8) {
 	sum = sum>>16 + sum&0xffff
 	binary.BigEndian.PutUint16(ip[10:], ^uint16(sum))
 }
+
+// PartialChecksum reports whether the transport checksum of an IPv4 packet, of
+// which at least the transport header is there, is only the folded sum of its
+// pseudo header: computing it has been left to the receiver.
+func PartialChecksum(ip []byte) bool {
+	if len(ip) < minIPv4 || be16(ip[6:])&fragMask != 0 {
+		return false
+	}
+	ihl, off := headerLen(ip), tcpCsumOff
+	switch ip[9] {
+	case protoTCP:
+	case protoUDP:
+		off = udpCsumOff
+	default:
+		return false
+	}
+	if ihl < minIPv4 || len(ip) < ihl+off+2 {
+		return false
+	}
+	return be16(ip[ihl+off:]) == Fold(pseudoSum(ip, ip[9], int(be16(ip[2:]))-ihl))
+}

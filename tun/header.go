@@ -41,3 +41,16 @@ func (h *Header) Elidable(pkt []byte) bool {
 	}
 	return pkt[9] == protoTCP && h.vnet.csumOffset == tcpCsumOff || pkt[9] == protoUDP && h.vnet.csumOffset == udpCsumOff
 }
+
+// SuperHeader returns the Header of a TCP or UDP super-packet whose segments
+// carry payload bytes each, as the kernel would have written it.
+func SuperHeader(pkt []byte, payload int) Header {
+	h := Header{vnetHdr{flags: needsCsum, gsoType: gsoTCPv4, gsoSize: uint16(payload), csumOffset: tcpCsumOff}}
+	if len(pkt) >= minIPv4 {
+		h.vnet.csumStart = uint16(headerLen(pkt))
+		if pkt[9] == protoUDP {
+			h.vnet.gsoType, h.vnet.csumOffset = gsoUDPL4, udpCsumOff
+		}
+	}
+	return h
+}

@@ -1,0 +1,199 @@
+package capture
+
+import (
+	"bufio"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+
+	"tweed/engine"
+	"tweed/engine/tap"
+)
+
+// A stream is a sequence of frames: a length, a kind and that many bytes of
+// body, numbers in little-endian order. It is made for one machine and one
+// version of tweed; the hello frame says which.
+const (
+	streamVersion = 1
+	headLen       = 4 + 1
+	packetLen     = 58
+	maxFrame      = MaxSnap + 4096
+)
+
+const (
+	kindHello  = 'H'
+	kindPacket = 'P'
+	kindStats  = 'S'
+)
+
+// Hello says whose stream it is.
+type Hello struct {
+	Stream   int    `json:"stream"`
+	ID       string `json:"id"` // of the session, to end it by
+	Version  string `json:"version"`
+	Node     string `json:"node"`
+	NodeID   string `json:"node_id"`
+	Device   string `json:"device"`
+	Framing  string `json:"framing"`
+	Subnet   string `json:"subnet"`
+	MTU      int    `json:"mtu"`
+	VNI      uint32 `json:"vni,omitempty"`
+	UDPPort  uint16 `json:"udp_port"`
+	VXLANDst uint16 `json:"vxlan_port"`
+	Snap     int    `json:"snap"`
+	Filter   string `json:"filter,omitempty"`
+	// Peers are the names of underlay addresses.
+	Peers map[string]string `json:"peers,omitempty"`
+}
+
+func frameLen(p *Packet) int { return headLen + packetLen + len(p.Data) }
+
+func appendHead(b []byte, kind byte, n int) []byte {
+	return append(binary.LittleEndian.AppendUint32(b, uint32(n)), kind)
+}
+
+const (
+	bitReceive = 1 << iota
+	bitOuter
+	bitVXLAN
+	bitUnfinished
+)
+
+func appendPacket(b []byte, p *Packet) []byte {
+	var bits uint8
+	for i, on := range [...]bool{p.Receive, p.Outer, p.VXLAN, p.Unfinished} {
+		if on {
+			bits |= 1 << i
+		}
+	}
+	b = appendHead(b, kindPacket, packetLen+len(p.Data))
+	b = binary.LittleEndian.AppendUint64(b, uint64(p.Time))
+	b = binary.LittleEndian.AppendUint64(b, p.ID)
+	b = binary.LittleEndian.AppendUint64(b, p.Lost)
+	b = append(b, uint8(p.Point), uint8(p.Reason), bits, p.Worker)
+	b = binary.LittleEndian.AppendUint32(b, uint32(p.Length))
+	b = binary.LittleEndian.AppendUint32(b, uint32(p.Segments))
+	b = binary.LittleEndian.AppendUint32(b, uint32(p.SegmentPayload))
+	for _, a := range [...]netip.AddrPort{p.Peer, p.Local} {
+		var ip [4]byte
+		if a.IsValid() {
+			ip = a.Addr().As4()
+		}
+		b = append(b, ip[:]...)
+		b = binary.LittleEndian.AppendUint16(b, a.Port())
+	}
+	b = append(b, 0, 0, 0, 0, 0, 0) // to a round length
+	return append(b, p.Data...)
+}
+
+// AppendJSON appends a hello (Hello) or statistics (Stats) frame to b.
+func AppendJSON(b []byte, v any) ([]byte, error) {
+	kind := byte(kindStats)
+	if h, ok := v.(Hello); ok {
+		h.Stream = streamVersion
+		v, kind = h, kindHello
+	}
+	body, err := json.Marshal(v)
+	if err != nil {
+		return nil, fmt.Errorf("capture: %w", err)
+	}
+	return append(appendHead(b, kind, len(body)), body...), nil
+}
+
+// Reader decodes a stream. It belongs to one goroutine.
+type Reader struct {
+	r    *bufio.Reader
+	body []byte
+	// Stats is the last statistics frame; the final one is the stream's last
+	// frame.
+	Stats Stats
+	// Complete says that the stream ended with its statistics.
+	Complete bool
+}
+
+// NewReader reads the hello frame of a stream.
+func NewReader(r io.Reader) (*Reader, Hello, error) {
+	d := &Reader{r: bufio.NewReaderSize(r, 1<<20)}
+	var h Hello
+	kind, err := d.frame()
+	if err != nil {
+		return nil, h, err
+	}
+	if kind != kindHello || json.Unmarshal(d.body, &h) != nil {
+		return nil, h, fmt.Errorf("capture: the stream does not start with a greeting")
+	}
+	if h.Stream != streamVersion {
+		return nil, h, fmt.Errorf("capture: the engine is version %s and speaks stream %d, this command stream %d: use the same version", h.Version, h.Stream, streamVersion)
+	}
+	return d, h, nil
+}
+
+func (d *Reader) frame() (byte, error) {
+	var head [headLen]byte
+	if _, err := io.ReadFull(d.r, head[:]); err != nil {
+		return 0, err
+	}
+	n := binary.LittleEndian.Uint32(head[:])
+	if n > maxFrame {
+		return 0, fmt.Errorf("capture: a frame of %d bytes in the stream", n)
+	}
+	if cap(d.body) < int(n) {
+		d.body = make([]byte, n)
+	}
+	d.body = d.body[:n]
+	if _, err := io.ReadFull(d.r, d.body); err != nil {
+		return 0, err
+	}
+	return head[4], nil
+}
+
+// Next decodes the next packet into p, whose Data is borrowed until the next
+// call. It returns io.EOF at the end of the stream.
+func (d *Reader) Next(p *Packet) error {
+	for {
+		kind, err := d.frame()
+		if err != nil {
+			return err
+		}
+		switch kind {
+		case kindPacket:
+			return d.packet(p)
+		case kindStats:
+			if err := json.Unmarshal(d.body, &d.Stats); err != nil {
+				return fmt.Errorf("capture: statistics in the stream: %w", err)
+			}
+			d.Complete = true
+		}
+	}
+}
+
+// Buffered reports whether another packet can be had without waiting.
+func (d *Reader) Buffered() bool { return d.r.Buffered() > headLen }
+
+func (d *Reader) packet(p *Packet) error {
+	b := d.body
+	if len(b) < packetLen {
+		return fmt.Errorf("capture: a packet frame of %d bytes in the stream", len(b))
+	}
+	bits := b[26]
+	*p = Packet{
+		Time: int64(binary.LittleEndian.Uint64(b)), ID: binary.LittleEndian.Uint64(b[8:]), Lost: binary.LittleEndian.Uint64(b[16:]),
+		Point: tap.Point(b[24]), Reason: engine.Reason(b[25]), Worker: b[27],
+		Receive: bits&bitReceive != 0, Outer: bits&bitOuter != 0, VXLAN: bits&bitVXLAN != 0, Unfinished: bits&bitUnfinished != 0,
+		Length: int(binary.LittleEndian.Uint32(b[28:])), Segments: int(binary.LittleEndian.Uint32(b[32:])),
+		SegmentPayload: int(binary.LittleEndian.Uint32(b[36:])),
+		Peer:           readAddr(b[40:]), Local: readAddr(b[46:]),
+		Data: b[packetLen:],
+	}
+	return nil
+}
+
+func readAddr(b []byte) netip.AddrPort {
+	ip := [4]byte(b[:4])
+	if ip == [4]byte{} {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(netip.AddrFrom4(ip), binary.LittleEndian.Uint16(b[4:]))
+}

@@ -1,0 +1,198 @@
+package capture
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"tweed/encap"
+	"tweed/engine"
+	"tweed/engine/tap"
+	"tweed/tun"
+)
+
+const (
+	outerLen = 20 + 8
+	outerTTL = 64
+	protoUDP = 17
+	protoTCP = 6
+)
+
+// viewer shows records as packets at their points. It belongs to one goroutine;
+// a packet's Data is borrowed until the next call.
+type viewer struct {
+	inner, outer []byte
+	split        tun.Splitter
+	whole        []byte // a super-packet, padded to its full length
+}
+
+// show calls emit for each wanted point the record passed, and for each segment
+// of a super-packet.
+func (v *viewer) show(r *tap.Record, want tap.Points, emit func(*Packet)) {
+	if r.Flags&tap.Super != 0 {
+		v.segments(r, want, emit)
+		return
+	}
+	for p := range tap.NumPoints {
+		if r.Points.Has(p) && want.Has(p) {
+			pkt := v.packet(r, p)
+			emit(&pkt)
+		}
+	}
+}
+
+func (v *viewer) packet(r *tap.Record, p tap.Point) Packet {
+	pkt := Packet{
+		Time: r.Time, ID: r.ID, Point: p, Reason: engine.Reason(r.Reason), Receive: r.Receive, Worker: r.Worker,
+		Peer: addrPort(r.Peer, r.PeerPort), Local: addrPort(r.Local, r.LocalPort), VXLAN: r.PrefixLen > 0, Segments: 1,
+	}
+	prefix := int(r.PrefixLen)
+	// What was dropped on receipt is shown as it arrived: its inner part may
+	// be no packet at all.
+	pkt.Outer = r.Flags&tap.Inner == 0 && (p == tap.WireOut || p == tap.WireIn || p == tap.Drop && r.Receive)
+	if !pkt.Outer {
+		data := r.Data[min(prefix, len(r.Data)):]
+		pkt.Length = int(r.Length) - prefix
+		v.inner = append(v.inner[:0], data...)
+		if r.Flags&tap.TTLLowered != 0 && p == tap.TunIn {
+			raiseTTL(v.inner)
+		}
+		pkt.Unfinished = partial(r, v.inner) && !finish(v.inner, pkt.Length)
+		pkt.Data = v.inner
+		return pkt
+	}
+	pkt.Length = outerLen + int(r.Length)
+	v.outer = append(v.outer[:0], make([]byte, outerLen)...)
+	v.outer = append(v.outer, r.Data...)
+	if inner := v.outer[min(outerLen+prefix, len(v.outer)):]; partial(r, inner) {
+		pkt.Unfinished = !finish(inner, int(r.Length)-prefix)
+	}
+	putOuter(v.outer, r, pkt.Length)
+	pkt.Data = v.outer
+	return pkt
+}
+
+// segments shows a super-packet that was dropped, or switched to a neighbour,
+// before it was split.
+func (v *viewer) segments(r *tap.Record, want tap.Points, emit func(*Packet)) {
+	v.whole = append(v.whole[:0], r.Data...)
+	v.whole = append(v.whole, make([]byte, int(r.Length)-len(r.Data))...)
+	h := tun.SuperHeader(v.whole, int(r.SegmentPayload))
+	one := *r
+	one.Flags &^= tap.Super
+	if err := v.split.Start(v.whole, &h); err != nil {
+		v.show(&one, want, emit)
+		return
+	}
+	v.split.Begin(v.whole, false)
+	hl := v.split.HeaderLen()
+	seg := make([]byte, v.split.SegmentLen())
+	for at := hl; ; {
+		payload, ok := v.split.Next(seg[:hl])
+		if !ok {
+			return
+		}
+		// Only what was stored is real; the rest of the payload is padding.
+		stored := min(max(len(r.Data)-at, 0), len(payload))
+		at += len(payload)
+		n := hl + copy(seg[hl:], payload[:stored])
+		one.Data, one.Length = seg[:n], uint32(hl+len(payload))
+		if stored == len(payload) {
+			one.Flags &^= tap.Partial
+		} else {
+			one.Flags |= tap.Partial
+		}
+		v.show(&one, want, emit)
+		one.ID++
+		one.Time++
+	}
+}
+
+// partial reports whether the inner transport checksum is still to be computed.
+// Of what we send we know; a peer may have left it to us without saying so.
+func partial(r *tap.Record, inner []byte) bool {
+	return r.Flags&tap.Partial != 0 || r.Receive && !r.Points.Has(tap.Drop) && tun.PartialChecksum(inner)
+}
+
+func addrPort(a uint32, port uint16) netip.AddrPort {
+	if a == 0 {
+		return netip.AddrPort{}
+	}
+	var b [4]byte
+	binary.BigEndian.PutUint32(b[:], a)
+	return netip.AddrPortFrom(netip.AddrFrom4(b), port)
+}
+
+// raiseTTL undoes tun.DecrementTTL.
+func raiseTTL(ip []byte) {
+	if len(ip) < 20 {
+		return
+	}
+	ip[8]++
+	ip[10], ip[11] = 0, 0
+	if ihl := int(ip[0]&0xf) * 4; ihl >= 20 && ihl <= len(ip) {
+		binary.BigEndian.PutUint16(ip[10:], ^tun.Fold(tun.Sum(ip[:ihl], 0)))
+	}
+}
+
+// finish computes the transport checksum of a packet whose field holds the
+// pseudo header's sum. It reports false when the packet is not all there.
+func finish(ip []byte, length int) bool {
+	if len(ip) < 20 || len(ip) != length {
+		return false
+	}
+	ihl := int(ip[0]&0xf) * 4
+	at := ihl + 16
+	if ip[9] == protoUDP {
+		at = ihl + 6
+	} else if ip[9] != protoTCP {
+		return true
+	}
+	if ihl < 20 || at+2 > len(ip) {
+		return false
+	}
+	sum := ^tun.Fold(tun.Sum(ip[ihl:], 0))
+	if sum == 0 && ip[9] == protoUDP {
+		sum = 0xffff
+	}
+	binary.BigEndian.PutUint16(ip[at:], sum)
+	return true
+}
+
+// putOuter writes the outer IPv4 and UDP headers of a datagram of the given
+// length to b, whose payload is in place.
+func putOuter(b []byte, r *tap.Record, length int) {
+	src, dst, sport, dport := r.Local, r.Peer, r.LocalPort, r.PeerPort
+	if r.Receive {
+		src, dst, sport, dport = dst, src, dport, sport
+	}
+	b[0], b[1] = 0x45, r.ECN
+	binary.BigEndian.PutUint16(b[2:], uint16(length))
+	b[8], b[9] = outerTTL, protoUDP
+	binary.BigEndian.PutUint32(b[12:], src)
+	binary.BigEndian.PutUint32(b[16:], dst)
+	binary.BigEndian.PutUint16(b[10:], ^tun.Fold(tun.Sum(b[:20], 0)))
+	u := b[20:]
+	binary.BigEndian.PutUint16(u, sport)
+	binary.BigEndian.PutUint16(u[2:], dport)
+	binary.BigEndian.PutUint16(u[4:], uint16(length-20))
+	if len(b) != length {
+		return // cut short: 0 stands for no checksum (RFC 768)
+	}
+	var pseudo [12]byte
+	copy(pseudo[:8], b[12:20])
+	pseudo[9] = protoUDP
+	binary.BigEndian.PutUint16(pseudo[10:], uint16(length-20))
+	sum := ^tun.Fold(tun.Sum(u, tun.Sum(pseudo[:], 0)))
+	if sum == 0 {
+		sum = 0xffff
+	}
+	binary.BigEndian.PutUint16(u[6:], sum)
+}
+
+// vni returns the VXLAN network identifier of a record with a prefix.
+func vni(r *tap.Record) (uint32, bool) {
+	if int(r.PrefixLen) < encap.FramingVXLAN.PrefixLen() || len(r.Data) < 8 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint32(r.Data[4:]) >> 8, true
+}
