@@ -2,12 +2,14 @@ package node
 
 import (
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -251,7 +253,18 @@ func TestLocksNameTheHolderAndEndWithIt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	conns := []net.Conn{}
 	for range 300 { // more than the accept queue holds
+		var c net.Conn
+		if err := ns.Do(func() (err error) { c, err = net.Dial("unix", "@tweed/udp/8285"); return err }); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	for _, c := range conns {
+		c.Close()
+	}
+	for range 2 {
 		if _, err := take(ns); err == nil || !strings.HasPrefix(err.Error(), "UDP port 8285 is in use by another engine (pid ") {
 			t.Fatalf("second: %v", err)
 		}
@@ -266,7 +279,11 @@ func TestLocksNameTheHolderAndEndWithIt(t *testing.T) {
 		t.Errorf("another namespace: %v", err)
 	}
 	k.release()
-	first.release()
+	// A start that finds an engine on its way out waits for it.
+	go func() {
+		time.Sleep(lockInterval)
+		first.release()
+	}()
 	if k, err = take(ns); err != nil {
 		t.Errorf("after release: %v", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,11 +18,37 @@ import (
 // the kernel tells who holds it.
 type nsLock struct{ l *net.UnixListener }
 
+// An engine that was just killed holds its locks until the kernel has closed
+// all its files, which takes as long as removing its TUN device does.
+const (
+	// lockPatience is how long a start waits for the one before it to be gone.
+	lockPatience = time.Second
+	lockInterval = 10 * time.Millisecond
+	// lockGrace is for what the dying process closes after the lock.
+	lockGrace = 50 * time.Millisecond
+)
+
+// awaitLock repeats try while it reports that the lock is held, for a while.
+func awaitLock(try func() (held bool, err error)) error {
+	held, err := try()
+	for end := time.Now().Add(lockPatience); held && time.Now().Before(end); {
+		time.Sleep(lockInterval)
+		if held, err = try(); !held {
+			time.Sleep(lockGrace)
+		}
+	}
+	return err
+}
+
 // lockNamespace takes the lock called name in the network namespace of the
 // calling thread. The error names what is locked and the holder's pid.
 func lockNamespace(name, what string) (*nsLock, error) {
 	addr := &net.UnixAddr{Net: "unix", Name: "@tweed/" + name}
-	l, err := net.ListenUnix("unix", addr)
+	var l *net.UnixListener
+	err := awaitLock(func() (held bool, err error) {
+		l, err = net.ListenUnix("unix", addr)
+		return errors.Is(err, unix.EADDRINUSE), err
+	})
 	if errors.Is(err, unix.EADDRINUSE) {
 		return nil, fmt.Errorf("%s is in use by another engine%s in this network namespace", what, holderOf(addr))
 	}
@@ -89,7 +116,11 @@ func lockDir(dir, socket string) (*dirLock, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = awaitLock(func() (held bool, err error) {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		return errors.Is(err, unix.EWOULDBLOCK), err
+	})
+	if err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("state directory %s is in use by another engine%s: give each engine its own --state-dir or --tun-name",

@@ -107,7 +107,7 @@ func (r *runner) problems(st lease.State) []string {
 		add("", "forwarding from the snapshot saved "+r.cached.saved.Format("2006-01-02 15:04:05 MST")+"; etcd has not confirmed it")
 	}
 	if !st.Connected {
-		add("etcd", st.LastError)
+		add("", st.LastError) // says etcd itself
 	}
 	add("network config", st.PendingConfig)
 	add("", r.fileProblem)
