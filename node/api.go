@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -100,6 +99,7 @@ func (n *Node) apiHandler() http.Handler {
 		}
 		answer(w, n.route(ip.Unmap()))
 	})
+	n.attachHandlers(mux)
 	mux.Handle("GET /metrics", n.metricsHandler())
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusNotFound, fmt.Sprintf("%s %s: this engine (version %s) has no such call", r.Method, r.URL.Path, n.cfg.Version))
@@ -130,6 +130,3 @@ func refuse(w http.ResponseWriter, code int, msg string) {
 	w.WriteHeader(code)
 	_ = json.NewEncoder(w).Encode(apiError{Schema: Schema, Error: msg})
 }
-
-// socketDir is where the socket goes; an own directory gets its own mode.
-func socketDir(p enginePaths) string { return filepath.Dir(p.socket) }

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -104,8 +105,24 @@ type apiError struct {
 	Error  string `json:"error"`
 }
 
+// change makes a call that is not a GET, with a JSON body unless it is nil.
+func (c *Client) change(ctx context.Context, method, path string, body []byte, into any) error {
+	b, err := c.send(ctx, method, path, body)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, into); err != nil {
+		return fmt.Errorf("%s: answer to %s: %w", c.path, path, err)
+	}
+	return nil
+}
+
 func (c *Client) do(ctx context.Context, path string) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tweed"+path, nil)
+	return c.send(ctx, http.MethodGet, path, nil)
+}
+
+func (c *Client) send(ctx context.Context, method, path string, body []byte) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://tweed"+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}

@@ -46,6 +46,9 @@ type Config struct {
 	// BlackholeRoute keeps a blackhole route for our subnet.
 	BlackholeRoute bool
 
+	// AttachOnly leaves the host out of the overlay: no TUN device, no routes and
+	// no traffic rules, only attached containers. It needs no privilege at all.
+	AttachOnly bool
 	// TUNName is the device name, at most 15 bytes; a trailing %d picks a free number.
 	TUNName string
 	// MTU is "" (derived), "max" or a number of bytes.

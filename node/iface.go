@@ -45,7 +45,12 @@ func (i *hostIface) usable() []netip.Addr {
 	return ips
 }
 
+// owns reports whether the interface has the address. The kernel takes all of
+// 127/8 for its own as soon as loopback has one address of it.
 func (i *hostIface) owns(ip netip.Addr) bool {
+	if ip.IsLoopback() && len(i.addrs) > 0 && i.addrs[0].ip.IsLoopback() {
+		return true
+	}
 	return slices.ContainsFunc(i.addrs, func(a hostAddr) bool { return a.ip == ip })
 }
 

@@ -78,6 +78,7 @@ type Node struct {
 	ran       atomic.Bool
 	view      atomic.Pointer[view]
 	data      dataPlane
+	attached  atomic.Pointer[attachments]
 }
 
 // New validates cfg and fills in the defaults. Its errors are errors of usage:
@@ -179,6 +180,9 @@ func checkConfig(c *Config) error {
 		return fmt.Errorf("--iptables-resync %s: expected 1 second or more", c.IPTablesResync)
 	}
 	if err := checkTUNName(c.TUNName); err != nil {
+		return err
+	}
+	if err := checkAttachOnly(c); err != nil {
 		return err
 	}
 	if c.Workers < 1 || c.Workers > maxWorkers {

@@ -49,11 +49,14 @@ func (r *runner) design(cfg lease.NetworkConfig) (overlay, error) {
 		// Peers of either framing are sent super-packets of one size.
 		o.gso = min(o.gso, f.GSOMaxSize(o.mtu))
 	}
-	if r.dev.Offload() == tun.OffloadNone {
+	if r.offload() == tun.OffloadNone {
 		o.gso = 0
 	}
 	if err := checkRules(r.ruleSet(cfg, netip.Prefix{})); err != nil {
 		return o, err
+	}
+	if r.cfg.AttachOnly {
+		return o, nil
 	}
 	routes, err := mainRoutes(r.nl)
 	if err != nil {
@@ -80,6 +83,10 @@ func (r *runner) plan(cfg lease.NetworkConfig) error {
 
 // openDevice makes the TUN device, still down.
 func (r *runner) openDevice() error {
+	if r.cfg.AttachOnly {
+		r.path = newPathCache(r.nl, 0)
+		return nil
+	}
 	mtu := r.overlay.mtu
 	if mtu == 0 {
 		mtu = max(encap.FramingUDP.DefaultMTU(r.u.mtu), encap.MinMTU) // until the config is known
@@ -102,16 +109,18 @@ func (r *runner) openDevice() error {
 func (r *runner) openEngine(o overlay) error {
 	for _, l := range o.listen {
 		port := l.Addr.Port()
-		if err := r.lock(fmt.Sprintf("udp/%d", port), fmt.Sprintf("UDP port %d", port)); err != nil {
+		if err := r.lock("udp/"+l.Addr.String(), fmt.Sprintf("UDP port %d of %s", port, l.Addr.Addr())); err != nil {
 			return err
 		}
 	}
 	// The engine reckons with the device's MTU, so it has to be true.
-	if err := r.link.setMTU(o.mtu); err != nil {
-		return err
+	if r.link != nil {
+		if err := r.link.setMTU(o.mtu); err != nil {
+			return err
+		}
 	}
 	eng, err := engine.New(engine.Config{
-		Device: r.dev, MTU: o.mtu, Listen: o.listen, Source: bindAddr(r.u, r.host), Log: r.log,
+		Device: r.dev, Offload: r.cfg.Offload, MTU: o.mtu, Listen: o.listen, Source: bindAddr(r.u, r.host), Log: r.log,
 	})
 	if err != nil {
 		return err
@@ -124,6 +133,9 @@ func (r *runner) openEngine(o overlay) error {
 // closeData takes the data plane down; the TUN device, its address and its
 // routes go with it.
 func (r *runner) closeData() {
+	if r.att != nil {
+		r.att.forget()
+	}
 	if eng := r.data.replace(nil); eng != nil {
 		if err := eng.Close(); err != nil {
 			r.log.Warn("close engine", "err", err)
@@ -149,6 +161,10 @@ func (r *runner) forward() error {
 			return err
 		}
 		r.started = true
+	}
+	r.att.follow(r.plane())
+	if r.link == nil {
+		return nil
 	}
 	changed, err := r.link.ensure(r.linkWant())
 	if err != nil {

@@ -88,6 +88,7 @@ type runner struct {
 	link    *overlayLink
 	path    *pathCache
 	eng     *engine.Engine
+	att     *attachments
 	started bool // the engine's workers run
 
 	phase     Phase
@@ -215,6 +216,10 @@ func (r *runner) prepare() error {
 
 // lockTUNName settles the device name and takes its lock.
 func (r *runner) lockTUNName() error {
+	if r.cfg.AttachOnly {
+		r.name = attachOnlyName(r.cfg.TUNName)
+		return nil
+	}
 	for _, name := range candidateNames(r.cfg.TUNName) {
 		_, err := r.nl.LinkByName(name)
 		taken := err == nil
@@ -307,6 +312,9 @@ func (r *runner) serve() error {
 	r.serveHTTP(r.apiServer(), api)
 	r.saver = newSaver(r.paths.stateDir, r.log)
 	r.undo(r.saver.close)
+	r.att = newAttachments(r.paths.stateDir, r.log)
+	r.attached.Store(r.att)
+	r.undo(r.att.close)
 	return nil
 }
 

@@ -64,6 +64,8 @@ type Status struct {
 	Rules      RulesStatus  `json:"traffic_rules"`
 	SubnetFile string       `json:"subnet_file,omitempty"`
 	StateDir   string       `json:"state_dir,omitempty"`
+	// Attachments are the containers connected to this node.
+	Attachments []AttachmentStatus `json:"attachments"`
 	// StateError is why the last good table could not be saved or read.
 	StateError string `json:"state_error,omitempty"`
 }

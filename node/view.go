@@ -86,6 +86,9 @@ func (n *Node) status() Status {
 			s.Problems = append(s.Problems, "traffic rules: "+s.Rules.Problem)
 		}
 	}
+	var problems []string
+	s.Attachments, problems = n.attached.Load().snapshot()
+	s.Problems = append(s.Problems, problems...)
 	if v.saver != nil {
 		if err := v.saver.lastError(); err != nil {
 			s.StateError = err.Error()

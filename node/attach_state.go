@@ -1,0 +1,209 @@
+package node
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"regexp"
+	"time"
+
+	"tweed/attach"
+)
+
+const (
+	// attachmentsFile is the list of attachments in the state directory.
+	attachmentsFile = "attachments.json"
+	// maxName is the longest name of an attachment, in bytes.
+	maxName = 63
+)
+
+// savedAttachment is what an attachment is made again from after a restart.
+type savedAttachment struct {
+	Name   string      `json:"name"`
+	Addr   netip.Addr  `json:"address"`
+	IfName string      `json:"interface,omitempty"`
+	Tier   attach.Tier `json:"tier"`
+	PID    int         `json:"pid,omitempty"`
+	// Start is the process's start time in clock ticks since boot and Netns the
+	// inode of its network namespace: together they say whether it is the same.
+	Start uint64    `json:"start,omitempty"`
+	Path  string    `json:"path,omitempty"`
+	Netns uint64    `json:"netns,omitempty"`
+	Since time.Time `json:"since"`
+	// Socket is of a program, which attaches anew by itself.
+	Socket string `json:"-"`
+}
+
+// savedAttachments is the state file.
+type savedAttachments struct {
+	Version     int               `json:"version"`
+	Attachments []savedAttachment `json:"attachments"`
+}
+
+// restore reads what an earlier run left. The containers are connected as soon
+// as there is an engine.
+func (a *attachments) restore() {
+	b, err := readBounded(a.path)
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	var s savedAttachments
+	if err == nil {
+		err = json.Unmarshal(b, &s)
+	}
+	if err == nil && s.Version != stateVersion {
+		err = fmt.Errorf("version %d, expected %d", s.Version, stateVersion)
+	}
+	if err != nil {
+		a.log.Warn("attachments of the last run are lost", "file", a.path, "err", err)
+		a.lost = append(a.lost, fmt.Sprintf("attachments of the last run are lost: %s: %v", a.path, err))
+		return
+	}
+	for _, saved := range s.Attachments {
+		if saved.Name == "" || a.all[saved.Name] != nil {
+			continue
+		}
+		a.all[saved.Name] = &attachment{savedAttachment: saved}
+	}
+}
+
+// save writes the state file.
+func (a *attachments) save() {
+	s := savedAttachments{Version: stateVersion, Attachments: []savedAttachment{}}
+	for _, t := range a.list() {
+		if t.Socket == "" {
+			s.Attachments = append(s.Attachments, t.savedAttachment)
+		}
+	}
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err == nil {
+		err = writeState(a.path, append(b, '\n'))
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.problem = ""; err != nil {
+		a.problem = err.Error()
+	}
+}
+
+// AttachRequest asks to attach a container, by exactly one of PID and Path, or
+// a program with a network stack of its own, by Socket.
+type AttachRequest struct {
+	// PID is a process of the container in the engine's pid namespace.
+	PID int `json:"pid,omitempty"`
+	// Path is the container's network namespace: a path, or a name in /run/netns
+	// or $XDG_RUNTIME_DIR/netns.
+	Path string `json:"path,omitempty"`
+	// Socket is a SOCK_SEQPACKET unix socket to connect to, as an absolute path or
+	// @ and an abstract name. Each message is a struct virtio_net_hdr (10 bytes,
+	// all zero towards the engine) and one IPv4 packet.
+	Socket string `json:"socket,omitempty"`
+	// Name is what the attachment is called from now on; empty means pid-PID or
+	// the last part of Path. Letters, digits, dot, minus and underscore, at most
+	// 63 bytes.
+	Name string `json:"name,omitempty"`
+	// IfName is the interface inside, default tweed0.
+	IfName string `json:"interface,omitempty"`
+	// Addr asks for one address of the node's subnet.
+	Addr netip.Addr `json:"address,omitzero"`
+	// Tier forces a tier; empty or auto takes the best one that works.
+	Tier string `json:"tier,omitempty"`
+}
+
+var attachmentName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]*$`)
+
+// check completes the request and says what is wrong with it.
+func (r *AttachRequest) check() (attach.Tier, error) {
+	if r.Name != "" && (len(r.Name) > maxName || !attachmentName.MatchString(r.Name)) {
+		return "", fmt.Errorf("name %q: expected 1 to %d letters, digits, dots, minus signs and underscores", r.Name, maxName)
+	}
+	tier, err := attach.ParseTier(r.Tier)
+	if err != nil {
+		return "", err
+	}
+	targets := 0
+	for _, given := range []bool{r.PID != 0, r.Path != "", r.Socket != ""} {
+		if given {
+			targets++
+		}
+	}
+	if targets != 1 {
+		return "", errors.New("expected exactly one of a pid, a network namespace and a socket")
+	}
+	if r.Socket != "" {
+		if tier != attach.TierAuto && tier != attach.TierNetstack {
+			return "", fmt.Errorf("tier %s: a program behind a socket has no interface", tier)
+		}
+		if r.Socket[0] != '/' && r.Socket[0] != '@' {
+			return "", fmt.Errorf("socket %q: expected an absolute path", r.Socket)
+		}
+		return attach.TierNetstack, nil
+	}
+	if tier == attach.TierNetstack {
+		return "", errors.New("tier netstack makes no interface in a container: use tweed proxy, or tweed run --tier netstack")
+	}
+	if r.IfName == "" {
+		r.IfName = DefaultIfName
+	}
+	if err := checkIfName(r.IfName); err != nil {
+		return "", err
+	}
+	return tier, nil
+}
+
+func checkIfName(name string) error {
+	if checkTUNName(name) != nil || name[len(name)-1] == 'd' && len(name) > 1 && name[len(name)-2] == '%' {
+		return fmt.Errorf("interface name %q: expected 1 to %d characters without blank, slash, colon or percent", name, maxIfaceName)
+	}
+	return nil
+}
+
+// AttachmentStatus is one attached container or program.
+type AttachmentStatus struct {
+	Name string     `json:"name"`
+	Addr netip.Addr `json:"address"`
+	// State is up, or waiting while it is not connected.
+	State   string `json:"state"`
+	Problem string `json:"problem,omitempty"`
+	// Tier is in use; Passed are the better ones, with what was wrong with them.
+	Tier   attach.Tier      `json:"tier"`
+	Passed []attach.Verdict `json:"passed_over"`
+	// Interface, PID, Path and Netns, its inode, are of a container, Socket is of
+	// a program.
+	Interface string `json:"interface,omitempty"`
+	PID       int    `json:"pid,omitempty"`
+	Path      string `json:"path,omitempty"`
+	Netns     uint64 `json:"netns,omitempty"`
+	Socket    string `json:"socket,omitempty"`
+	// MTU is in bytes. Network is what the address reaches over the overlay.
+	MTU           int          `json:"mtu"`
+	Network       netip.Prefix `json:"network,omitzero"`
+	Offload       string       `json:"offload,omitempty"`
+	OffloadReason string       `json:"offload_reason,omitempty"`
+	Since         time.Time    `json:"since"`
+}
+
+// AttachmentsAnswer lists the attachments in order of their addresses.
+type AttachmentsAnswer struct {
+	Schema      int                `json:"schema"`
+	Attachments []AttachmentStatus `json:"attachments"`
+}
+
+func (t *attachment) status() AttachmentStatus {
+	s := AttachmentStatus{
+		Name: t.Name, Addr: t.Addr, State: "waiting", Problem: t.problem, Tier: t.Tier,
+		Interface: t.IfName, PID: t.PID, Path: t.Path, Netns: t.Netns, Socket: t.Socket, Since: t.Since,
+		Passed: []attach.Verdict{},
+	}
+	if t.attached {
+		s.State = "up"
+	}
+	if t.made != nil {
+		s.Tier, s.MTU, s.Network = t.made.Tier, t.link.MTU, t.link.Network
+		s.Offload, s.OffloadReason = t.made.Queue.Offload.String(), t.made.OffloadReason
+		s.Passed = append(s.Passed, t.made.Passed...)
+	}
+	return s
+}
