@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"encoding/binary"
 
 	"tweed/encap"
@@ -77,12 +78,34 @@ func (w *rxWorker) message(v *view, m *encap.Message) {
 		w.datagram(v, m, m.Data)
 		return
 	}
+	one := encap.Message{Source: m.Source, SourcePort: m.SourcePort, TOS: m.TOS}
+	var before []byte // the datagram before this one, if it was accepted
 	for data := m.Data; len(data) > 0; {
 		n := min(m.SegmentLen, len(data))
 		d := data[:n:n]
 		data = data[n:]
-		w.datagram(v, &encap.Message{Source: m.Source, SourcePort: m.SourcePort, TOS: m.TOS}, d)
+		if before != nil && w.continues(before, d) {
+			continue
+		}
+		before = nil
+		if w.datagram(v, &one, d) && m.TOS&3 != ecnCE {
+			before = d
+		}
 	}
+}
+
+// continues takes a datagram that differs from the accepted one before it, of
+// the same sender, only as the next segment of a train does. Everything check
+// looks at is equal then.
+func (w *rxWorker) continues(before, d []byte) bool {
+	if w.tap.ring != nil || len(d) < w.prefix || !bytes.Equal(before[:w.prefix], d[:w.prefix]) ||
+		!w.merge.Continue(d[w.prefix:], w.tap.id+1) {
+		return false
+	}
+	w.tap.id++
+	w.tally.Packets++
+	w.tally.Bytes += uint64(len(d) - w.prefix)
+	return true
 }
 
 // whole reports whether data is one frame although the kernel calls it merged:
@@ -92,8 +115,9 @@ func (w *rxWorker) whole(data []byte) bool {
 	return len(data) >= w.prefix+20 && w.prefix+int(binary.BigEndian.Uint16(data[w.prefix+2:])) == len(data)
 }
 
-// datagram checks one datagram and adds its packet to the coalescer.
-func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) {
+// datagram checks one datagram, adds its packet to the coalescer and reports
+// whether it was accepted.
+func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) bool {
 	w.tally.Packets++
 	w.tally.Bytes += uint64(max(len(data)-w.prefix, 0))
 	pkt, reason, ok := w.check(v, m, data)
@@ -109,7 +133,7 @@ func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) {
 	}
 	if !ok {
 		w.tally.drop(reason, 1)
-		return
+		return false
 	}
 	if m.TOS&3 == ecnCE {
 		tun.SetECN(pkt, ecnCE)
@@ -118,6 +142,7 @@ func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) {
 		w.flush()
 	}
 	w.merge.Add(q, pkt, m.SegmentLen, id)
+	return true
 }
 
 // portOf returns the queue of the port a packet for our subnet goes to, the

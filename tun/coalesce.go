@@ -68,22 +68,24 @@ type Coalescer struct {
 	parts   [maxParts]part
 	n       int
 	nparts  int
+	last    int                 // the item of the last packet, if it may grow, or -1
 	buckets [flowBuckets]uint16 // open item + 1
 }
 
 // NewCoalescer returns an empty coalescer for devices of the given MTU in bytes.
-func NewCoalescer(mtu int) *Coalescer { return &Coalescer{mtu: mtu} }
+func NewCoalescer(mtu int) *Coalescer { return &Coalescer{mtu: mtu, last: -1} }
 
 // Room reports whether one more packet can be added before a Flush.
 func (c *Coalescer) Room() bool { return c.n < maxItems && c.nparts < maxParts }
 
-// Add appends an IPv4 packet for the queue q, whose header length and total length have been
-// checked against len(pkt). gso is the segment payload of a UDP super-packet
+// Add appends an IPv4 packet that goes to the queue q. Its header length and
+// total length have been checked against len(pkt). gso is the segment payload of a UDP super-packet
 // that arrived as one packet, otherwise 0. tag names the packet to the caller of
 // Flush. There must be Room.
 func (c *Coalescer) Add(q *Queue, pkt []byte, gso int, tag uint64) {
 	it := item{pkt: pkt, tag: tag, queue: q, csum: csumNone, parts: 1, total: len(pkt), head: -1, tail: -1}
 	it.inspect(gso, c.mtu)
+	c.last = -1
 	if it.proto == 0 || q.rung == OffloadNone || it.proto == protoUDP && q.rung < OffloadFull {
 		if it.ends() {
 			c.buckets[it.bucket()] = 0
@@ -95,10 +97,12 @@ func (c *Coalescer) Add(q *Queue, pkt []byte, gso int, tag uint64) {
 	if n := c.buckets[b]; n != 0 {
 		open := &c.items[n-1]
 		if open.sameFlow(&it) && c.join(open, &it) {
+			c.last = int(n - 1)
 			return
 		}
 	}
 	c.push(&it)
+	c.last = c.n - 1
 	c.buckets[b] = uint16(c.n)
 }
 
@@ -231,8 +235,17 @@ func (c *Coalescer) join(it, x *item) bool {
 	case !it.verify() || !x.verify():
 		return false
 	}
+	c.append(it, b[x.hl:], x.tag)
+	it.seq, it.id = x.seq, x.id
+	it.push = it.push || x.push
+	it.closed = x.closed || x.size < it.size
+	return true
+}
+
+// append adds a packet's payload to the item.
+func (c *Coalescer) append(it *item, payload []byte, tag uint64) {
 	i := int32(c.nparts)
-	c.parts[i] = part{payload: b[x.hl:], tag: x.tag, next: -1}
+	c.parts[i] = part{payload: payload, tag: tag, next: -1}
 	c.nparts++
 	if it.tail < 0 {
 		it.head = i
@@ -241,11 +254,7 @@ func (c *Coalescer) join(it, x *item) bool {
 	}
 	it.tail = i
 	it.parts++
-	it.total += int(x.size)
-	it.seq, it.id = x.seq, x.id
-	it.push = it.push || x.push
-	it.closed = x.closed || x.size < it.size
-	return true
+	it.total += len(payload)
 }
 
 func joinsTCP(it, x *item) bool {

@@ -59,7 +59,7 @@ func (w *Writer) Flush(c *Coalescer, res *Written) {
 	}
 	if c.n > 0 {
 		clear(c.buckets[:])
-		c.n, c.nparts = 0, 0
+		c.n, c.nparts, c.last = 0, 0, -1
 	}
 }
 
