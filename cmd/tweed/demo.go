@@ -75,6 +75,7 @@ Everything is removed at the end, also after an error or Ctrl-C.`,
 	for _, c := range []*cobra.Command{cmd, down} {
 		c.Flags().StringVar(&o.runDir, "run-dir", defaultDemoDir(), "`directory` for the demo's files")
 	}
+	cmd.SuggestionsMinimumDistance = 2
 	cmd.AddCommand(down)
 	return cmd
 }

@@ -262,7 +262,7 @@ func demoDown(_ context.Context, base string, w io.Writer) error {
 		if err := os.RemoveAll(path); err != nil {
 			return fmt.Errorf("demo down: %w", err)
 		}
-		p.done("removed", "%s, %d processes", path, n)
+		p.done("removed", "%s, processes ended: %d", path, n)
 		removed++
 	}
 	running, err := sweepDemos(base)

@@ -31,9 +31,32 @@ type demoProcess struct {
 	ended chan struct{}
 }
 
-// start runs this program with args inside a namespace. A demo that is not
-// kept takes its processes with it however it ends.
-func (d *demo) start(where *netns.Namespace, name string, files []*os.File, args ...string) (*demoProcess, error) {
+// serve runs this program with args inside a namespace until the demo ends;
+// if it ends before, the demo fails.
+func (d *demo) serve(where *netns.Namespace, name string, files []*os.File, args ...string) (*demoProcess, error) {
+	return d.start(where, name, true, files, args...)
+}
+
+// call runs this program with args inside a namespace and waits for it.
+func (d *demo) call(ctx context.Context, where *netns.Namespace, name string, args ...string) error {
+	p, err := d.start(where, name, false, nil, args...)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-p.ended:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if !p.cmd.ProcessState.Success() {
+		return &demoProcessError{p, fmt.Errorf("%s: %s", name, p.cmd.ProcessState)}
+	}
+	return nil
+}
+
+// start starts a process. A demo that is not kept takes its processes with it
+// however it ends.
+func (d *demo) start(where *netns.Namespace, name string, forever bool, files []*os.File, args ...string) (*demoProcess, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -60,6 +83,12 @@ func (d *demo) start(where *netns.Namespace, name string, files []*os.File, args
 		p.cmd.Wait()
 		close(p.ended)
 	}()
+	if forever {
+		go func() {
+			<-p.ended
+			d.fail(&demoProcessError{p, fmt.Errorf("%s ended: %s", p.Name, p.cmd.ProcessState)})
+		}()
+	}
 	d.processes = append(d.processes, p)
 	return p, nil
 }
@@ -75,7 +104,7 @@ func demoEnvironment(environ []string) []string {
 	return kept
 }
 
-// await calls ready until it says yes. It ends early when the process does.
+// await calls ready until it says yes.
 func (p *demoProcess) await(ctx context.Context, patience time.Duration, ready func(context.Context) (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -91,9 +120,10 @@ func (p *demoProcess) await(ctx context.Context, patience time.Duration, ready f
 			last = err
 		}
 		select {
-		case <-p.ended:
-			return &demoProcessError{p, fmt.Errorf("%s ended: %s", p.Name, p.cmd.ProcessState)}
 		case <-ctx.Done():
+			if cause := context.Cause(ctx); !errors.Is(cause, context.DeadlineExceeded) {
+				return cause
+			}
 			err := fmt.Errorf("%s was not ready after %s", p.Name, patience)
 			return &demoProcessError{p, errors.Join(err, last)}
 		case <-tick.C:

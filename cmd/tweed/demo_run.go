@@ -35,6 +35,8 @@ type demo struct {
 	lan       *netns.LAN
 	endpoint  string
 	processes []*demoProcess
+	// fail ends the demo's context with a cause; it does nothing afterwards.
+	fail context.CancelCauseFunc
 }
 
 // overlay is one of the demo's networks. Two of them can lie on one underlay:
@@ -73,7 +75,13 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) error
 	}
 	d := &demo{o: o, out: printer{stdout}, dir: dir, launcher: netns.NewLauncher()}
 	defer d.launcher.Close()
-	overlays, err := d.show(ctx)
+	running, fail := context.WithCancelCause(ctx)
+	d.fail = fail
+	overlays, err := d.show(running)
+	if cause := context.Cause(running); err != nil && cause != nil {
+		err = cause // why a step was cut short, rather than that it was
+	}
+	fail(nil)
 	if err == nil && o.keep {
 		if err = d.record(); err == nil {
 			d.closeHandles()
@@ -142,7 +150,7 @@ func (d *demo) startEtcd(ctx context.Context) error {
 			files = append(files, n.File())
 		}
 	}
-	p, err := d.start(d.lan.Switch, "etcd", files, "etcd",
+	p, err := d.serve(d.lan.Switch, "etcd", files, "etcd",
 		"--data-dir", filepath.Join(d.dir.path, "etcd"),
 		"--listen-client", fmt.Sprintf("http://%s:2379", d.lan.Gateway), "--ready-fd", "3")
 	w.Close()
@@ -176,7 +184,7 @@ func (d *demo) up(ctx context.Context, o *overlay) error {
 		n := &demoNode{name: fmt.Sprintf("n%d", i+1), ns: ns}
 		n.dir = filepath.Join(d.dir.path, o.framing.String()+"-"+n.name)
 		var err error
-		n.process, err = d.start(ns, filepath.Base(n.dir), nil, "up",
+		n.process, err = d.serve(ns, filepath.Base(n.dir), nil, "up",
 			"--etcd-endpoints", d.endpoint, "--etcd-prefix", o.prefix,
 			"--iface", netns.LANInterface, "--tun-name", o.tunName,
 			"--state-dir", n.dir, "--subnet-file", filepath.Join(n.dir, "subnet.env"),
@@ -210,30 +218,18 @@ func (d *demo) up(ctx context.Context, o *overlay) error {
 	return nil
 }
 
-// configure writes the network config. The connection is made inside the
-// switch's namespace, the only one etcd can be reached from.
+// configure writes the network config, from inside the switch's namespace, the
+// only one beside the nodes' that etcd can be reached from.
 func (d *demo) configure(ctx context.Context, o *overlay) error {
-	p, err := d.start(d.lan.Switch, "network-"+o.framing.String(), nil,
+	return d.call(ctx, d.lan.Switch, "network-set-"+o.framing.String(),
 		"network", "set", o.network.String(), "--backend", o.framing.String(),
 		"--etcd-endpoints", d.endpoint, "--etcd-prefix", o.prefix)
-	if err != nil {
-		return err
-	}
-	select {
-	case <-p.ended:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	if !p.cmd.ProcessState.Success() {
-		return &demoProcessError{p, fmt.Errorf("network set: %s", p.cmd.ProcessState)}
-	}
-	return nil
 }
 
 // prove pings and transfers around the ring of nodes, so that each sends and
 // receives, and shows that every packet was accounted for.
 func (d *demo) prove(ctx context.Context, o *overlay) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, demoPatience, fmt.Errorf("no answer within %s", demoPatience))
+	ctx, cancel := context.WithTimeoutCause(ctx, demoPatience, fmt.Errorf("not done within %s", demoPatience))
 	defer cancel()
 	for i, from := range o.nodes {
 		to := o.nodes[(i+1)%len(o.nodes)]

@@ -1,0 +1,213 @@
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tweed/netns"
+)
+
+// demoWorld is a run directory of its own, so that a demo that somebody keeps
+// on this machine is left in peace, and what the machine looked like before.
+type demoWorld struct {
+	t      *testing.T
+	runDir string
+	home   *netns.Namespace
+	before []string
+}
+
+func newDemoWorld(t *testing.T) *demoWorld {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "e2e-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	home, err := netns.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &demoWorld{t: t, runDir: filepath.Join(dir, "run"), home: home, before: traces(t, home)}
+	t.Cleanup(func() {
+		d.assertNothingLeft()
+		home.Close()
+		os.RemoveAll(dir)
+	})
+	return d
+}
+
+func (d *demoWorld) args(args ...string) []string {
+	return append(append([]string{"demo"}, args...), "--run-dir", d.runDir)
+}
+
+// processes are those that run one of the demo's commands.
+func (d *demoWorld) processes() []string {
+	d.t.Helper()
+	entries, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	var found []string
+	for _, e := range entries {
+		if b, err := os.ReadFile(e); err == nil && strings.Contains(string(b), d.runDir) {
+			found = append(found, strings.ReplaceAll(string(b), "\x00", " "))
+		}
+	}
+	return found
+}
+
+func (d *demoWorld) assertNothingLeft() {
+	d.t.Helper()
+	if p := d.processes(); p != nil {
+		d.t.Errorf("still running: %q", p)
+	}
+	if entries, err := os.ReadDir(d.runDir); err == nil {
+		d.t.Errorf("left in the run directory: %v", entries)
+	}
+	if after := traces(d.t, d.home); !slices.Equal(d.before, after) {
+		d.t.Errorf("links and routes of the host changed:\n%v\n%v", d.before, after)
+	}
+}
+
+// TestDemo: the main job in one command, with nothing left behind.
+func TestDemo(t *testing.T) {
+	d := newDemoWorld(t)
+	status, out, errs := run(t, tweedBin, d.args("--nodes", "3")...)
+	if status != 0 || errs != "" {
+		t.Fatalf("exit status %d\n%s%s", status, out, errs)
+	}
+	for word, times := range map[string]int{
+		"sha256 equal": 6, "✓ ping": 6, "MTU 1426": 3, "MTU 1450": 3, "leases": 2, "0 dropped": 12, "✓ removed": 1, "Next:": 1,
+	} {
+		if n := strings.Count(out, word); n != times {
+			t.Errorf("%q stands there %d times, want %d", word, n, times)
+		}
+	}
+	if t.Failed() {
+		t.Log(out)
+	}
+}
+
+// TestKeptDemo stays until it is told to go; another demo beside it is no
+// problem, another kept one is refused.
+func TestKeptDemo(t *testing.T) {
+	d := newDemoWorld(t)
+	if status, out, errs := run(t, tweedBin, d.args("--keep", "--backend", "udp")...); status != 0 {
+		t.Fatalf("exit status %d\n%s%s", status, out, errs)
+	}
+	dirs, err := filepath.Glob(filepath.Join(d.runDir, "demo-*", "udp-n1"))
+	if err != nil || len(dirs) != 1 {
+		t.Fatalf("state directories %v, %v", dirs, err)
+	}
+	status, out, errs := run(t, tweedBin, "status", "-o", "json", "--state-dir", dirs[0])
+	var s struct {
+		Ready bool
+		Peers map[string]int
+	}
+	if err := json.Unmarshal([]byte(out), &s); err != nil || !s.Ready || s.Peers["udp"] != 1 {
+		t.Errorf("status of n1: exit status %d, %s%s", status, out, errs)
+	}
+	if status, _, errs := run(t, tweedBin, d.args("--keep")...); status != 1 || !strings.Contains(errs, "demo down") || strings.Count(errs, "\n") != 1 {
+		t.Errorf("a second kept demo: exit status %d, %q, want one line that names `demo down`", status, errs)
+	}
+	if status, _, errs := run(t, tweedBin, d.args("--backend", "vxlan")...); status != 0 {
+		t.Errorf("a demo beside the kept one: exit status %d, %s", status, errs)
+	}
+	if n := len(d.processes()); n != 3 {
+		t.Errorf("%d processes of the kept demo, want etcd and two nodes", n)
+	}
+	if status, out, errs := run(t, tweedBin, d.args("down")...); status != 0 || !strings.Contains(out, "processes ended: 3") {
+		t.Errorf("down: exit status %d, %s%s", status, out, errs)
+	}
+	d.assertNothingLeft()
+	if status, out, _ := run(t, tweedBin, d.args("down")...); status != 0 || !strings.Contains(out, "no demo is running") {
+		t.Errorf("down with nothing to do: exit status %d, %s", status, out)
+	}
+}
+
+// TestInterruptedDemo: Ctrl-C removes everything; kill -9 takes the processes
+// along, and the next demo clears the files away.
+func TestInterruptedDemo(t *testing.T) {
+	d := newDemoWorld(t)
+	for _, c := range []struct {
+		signal syscall.Signal
+		status int
+	}{{unix.SIGINT, 1}, {unix.SIGTERM, 1}, {unix.SIGKILL, -1}} {
+		cmd := exec.Command(tweedBin, d.args("--backend", "udp")...)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		d.await("etcd and two nodes run", func() bool { return len(d.processes()) >= 4 })
+		cmd.Process.Signal(c.signal)
+		cmd.Wait()
+		if got := cmd.ProcessState.ExitCode(); got != c.status {
+			t.Errorf("after %s: exit status %d, want %d", c.signal, got, c.status)
+		}
+		if c.signal != unix.SIGKILL {
+			d.assertNothingLeft()
+		}
+	}
+	d.await("the processes are gone", func() bool { return len(d.processes()) == 0 })
+	if status, out, errs := run(t, tweedBin, d.args("down")...); status != 0 {
+		t.Errorf("down: exit status %d, %s%s", status, out, errs)
+	}
+}
+
+func (d *demoWorld) await(what string, holds func() bool) {
+	d.t.Helper()
+	deadline := time.Now().Add(patience)
+	for !holds() {
+		if time.Now().After(deadline) {
+			d.t.Fatalf("%s: not within %s", what, patience)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// TestFailedDemoShowsTheLog: a node dies in the middle.
+func TestFailedDemoShowsTheLog(t *testing.T) {
+	d := newDemoWorld(t)
+	cmd := exec.Command(tweedBin, d.args("--backend", "udp")...)
+	var errs strings.Builder
+	cmd.Stderr = &errs
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	victim := 0
+	d.await("n2 runs", func() bool { victim = d.pidOf("udp-n2"); return victim != 0 })
+	if err := syscall.Kill(victim, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	if got := cmd.ProcessState.ExitCode(); got != 1 {
+		t.Errorf("exit status %d, want 1", got)
+	}
+	if out := errs.String(); !strings.Contains(out, "log:") || !strings.Contains(out, "\ntweed: demo: ") {
+		t.Errorf("said %q, want the end of a log and one error line", out)
+	}
+}
+
+// pidOf finds the node with that state directory.
+func (d *demoWorld) pidOf(dir string) int {
+	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, e := range entries {
+		b, err := os.ReadFile(e)
+		if err != nil || !strings.Contains(string(b), d.runDir) || !strings.Contains(string(b), dir+"\x00") {
+			continue
+		}
+		pid := 0
+		for _, digit := range filepath.Base(filepath.Dir(e)) {
+			pid = pid*10 + int(digit-'0')
+		}
+		return pid
+	}
+	return 0
+}
