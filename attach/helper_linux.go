@@ -289,6 +289,9 @@ func openFarEnd(a *answer) (int, error) {
 	}{
 		{"PACKET_VNET_HDR", unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1, false},
 		{"PACKET_IGNORE_OUTGOING", unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1, true},
+		// The queueing discipline of a link that has just come up drops what is
+		// sent before the kernel has noticed; there is none to go through.
+		{"PACKET_QDISC_BYPASS", unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1, true},
 		{"SO_RCVBUF", unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer, true},
 		{"SO_SNDBUF", unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer, true},
 		{"SO_RCVBUFFORCE", unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer, true},

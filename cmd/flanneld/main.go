@@ -11,11 +11,15 @@ import (
 	"io"
 	"os"
 
+	"tweed/attach"
 	"tweed/cmd/internal/daemon"
 	"tweed/node"
 )
 
 func main() {
+	if attach.IsHelper() {
+		os.Exit(attach.HelperMain())
+	}
 	os.Exit(run(os.Args[1:], os.LookupEnv, os.Stderr))
 }
 

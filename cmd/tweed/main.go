@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"tweed/attach"
 	"tweed/cmd/internal/daemon"
 )
 
@@ -22,6 +23,12 @@ const (
 )
 
 func main() {
+	switch {
+	case attach.IsHelper():
+		os.Exit(attach.HelperMain())
+	case len(os.Args) > 1 && os.Args[1] == runInit:
+		os.Exit(becomeCommand(os.Args[2:]))
+	}
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -32,6 +39,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return exitGood
+	}
+	var status exitStatus
+	if errors.As(err, &status) {
+		return int(status)
 	}
 	err = asUsageError(cmd, err)
 	fmt.Fprintln(stderr, "tweed:", daemon.ErrorLine(err))
@@ -44,9 +55,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 // Command groups, in the order the help shows them.
 const (
-	groupRun  = "run"
-	groupLook = "look"
-	groupEtcd = "etcd"
+	groupRun    = "run"
+	groupAttach = "attach"
+	groupLook   = "look"
+	groupEtcd   = "etcd"
 )
 
 // commands make the subcommands. Each returns a fresh command, so that a test
@@ -54,6 +66,10 @@ const (
 var commands = []func() *cobra.Command{
 	newUpCommand,
 	newDemoCommand,
+	newRunCommand,
+	newAttachCommand,
+	newPsCommand,
+	newDetachCommand,
 	newStatusCommand,
 	newPeersCommand,
 	newRoutesCommand,
@@ -94,6 +110,7 @@ Exit status: 0 good, 1 failed, 2 wrong usage.`,
 	})
 	root.AddGroup(
 		&cobra.Group{ID: groupRun, Title: "Run a node:"},
+		&cobra.Group{ID: groupAttach, Title: "Connect containers, without privileges:"},
 		&cobra.Group{ID: groupLook, Title: "Look into a running node:"},
 		&cobra.Group{ID: groupEtcd, Title: "Keep the network in etcd:"},
 	)

@@ -180,5 +180,8 @@ func (r *repeated) Set(v string) error {
 	return nil
 }
 
+// Values are the values one by one.
+func (r *repeated) Values() []string { return *r }
+
 // Type names the value in help texts, for flag packages that ask.
 func (r *repeated) Type() string { return "name" }

@@ -1,0 +1,230 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"tweed/node"
+)
+
+const (
+	// enginePatience is how long run waits for an engine it started to forward.
+	enginePatience = 30 * time.Second
+	// idleTime is how long an engine started by run waits for the first
+	// attachment.
+	idleTime = 30 * time.Second
+	// goneTime is how long run waits for it to end after the last one.
+	goneTime = 5 * time.Second
+	// attachTries bounds how often an engine that ends while it is being asked
+	// is started again.
+	attachTries = 3
+)
+
+// engineProcess is the engine a command is attached to: one that was running,
+// or one started for it.
+type engineProcess struct {
+	ctx context.Context
+	api *node.Client
+	cmd *cobra.Command
+	// flags are those of tweed up, as the user gave them.
+	flags *flag.FlagSet
+	cfg   node.Config
+	own   *exec.Cmd // nil for one that was running
+	log   *os.File  // of own
+	done  chan struct{}
+}
+
+// findEngine finds this user's engine or starts one.
+func findEngine(ctx context.Context, cmd *cobra.Command, flags *flag.FlagSet, cfg node.Config) (*engineProcess, error) {
+	e := &engineProcess{ctx: ctx, cmd: cmd, flags: flags, cfg: cfg}
+	return e, e.find()
+}
+
+func (e *engineProcess) find() error {
+	path := ""
+	if e.cfg.Socket != "" || e.cfg.StateDir != "" {
+		path = node.SocketPath(e.cfg)
+	} else {
+		live, err := node.LiveSockets()
+		if err != nil {
+			return err
+		}
+		if len(live) > 1 {
+			return fmt.Errorf("run: %d engines run here: choose one with --socket: %s", len(live), strings.Join(live, ", "))
+		}
+		if len(live) == 1 {
+			path = live[0]
+		}
+	}
+	if path != "" && node.Answers(path) {
+		e.api = node.Dial(path)
+		return nil
+	}
+	return e.start()
+}
+
+// start starts an engine that ends when nothing is attached any more. Its log
+// goes to a file without a name, to be read when it fails.
+func (e *engineProcess) start() error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if e.log, err = os.CreateTemp("", "tweed-run-*.log"); err != nil {
+		return err
+	}
+	os.Remove(e.log.Name())
+	args := []string{"up", "--attach-only", "--exit-when-idle"}
+	e.flags.VisitAll(func(f *flag.Flag) {
+		if !e.cmd.Flags().Changed(f.Name) {
+			return
+		}
+		values := []string{f.Value.String()}
+		if r, ok := f.Value.(interface{ Values() []string }); ok {
+			values = r.Values()
+		}
+		for _, v := range values {
+			args = append(args, "--"+f.Name+"="+v)
+		}
+	})
+	e.own = exec.Command(self, args...)
+	e.own.Stdout, e.own.Stderr = e.log, e.log
+	e.own.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := e.own.Start(); err != nil {
+		return fmt.Errorf("run: start the engine: %w", err)
+	}
+	done := make(chan struct{})
+	e.done = done
+	go func() {
+		_ = e.own.Wait()
+		close(done)
+	}()
+	e.api = node.Dial(node.SocketPath(e.cfg))
+	return e.await()
+}
+
+// await waits until the engine forwards.
+func (e *engineProcess) await() error {
+	deadline := time.After(enginePatience)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	var problems []string
+	for {
+		s, err := e.api.Status(e.ctx)
+		if err == nil && s.Ready {
+			return nil
+		}
+		if err == nil {
+			problems = s.Problems
+		}
+		select {
+		case <-e.done:
+			return fmt.Errorf("run: %s", e.lastWords())
+		case <-deadline:
+			return fmt.Errorf("run: the engine does not forward after %s: %s", enginePatience, strings.Join(append(problems, "see tweed up --attach-only"), "; "))
+		case <-e.ctx.Done():
+			return context.Cause(e.ctx)
+		case <-tick.C:
+		}
+	}
+}
+
+// lastWords is the line an engine that failed has ended with.
+func (e *engineProcess) lastWords() string {
+	b := make([]byte, 64<<10)
+	n, err := e.log.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err.Error()
+	}
+	lines := bytes.Split(bytes.TrimSpace(b[:n]), []byte("\n"))
+	last := string(lines[len(lines)-1])
+	last = strings.TrimPrefix(last, "tweed: ")
+	if last == "" {
+		return "the engine ended: " + e.own.ProcessState.String()
+	}
+	return strings.ReplaceAll(last, "tweed up --help", "tweed run --help")
+}
+
+// attach asks the engine, and starts another one if that has just ended.
+func (e *engineProcess) attach(ctx context.Context, r node.AttachRequest) (node.AttachmentStatus, error) {
+	for try := 1; ; try++ {
+		s, err := e.api.Attach(ctx, r)
+		if err == nil || try == attachTries || node.Answers(e.api.Path()) {
+			return s, err
+		}
+		if err := e.find(); err != nil {
+			return node.AttachmentStatus{}, err
+		}
+	}
+}
+
+// close ends an engine that was started for us, unless others use it by now.
+func (e *engineProcess) close() {
+	if e.api == nil {
+		return
+	}
+	defer e.api.Close()
+	if e.own == nil {
+		return
+	}
+	defer e.log.Close()
+	a, err := e.api.Attachments(context.Background())
+	if err == nil && !onlyEnded(a) {
+		return
+	}
+	_ = e.own.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-e.done:
+	case <-time.After(goneTime):
+	}
+}
+
+// onlyEnded reports whether all that is attached are processes that are gone.
+func onlyEnded(a node.AttachmentsAnswer) bool {
+	for _, s := range a.Attachments {
+		if s.PID == 0 {
+			return false
+		}
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d", s.PID)); err == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// endWhenIdle ends an engine of run: when the last attachment has gone, or
+// when none comes.
+func endWhenIdle(ctx context.Context, n *node.Node, end func()) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-n.Ready():
+	}
+	began, used := time.Now(), false
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		count := len(n.Attachments())
+		used = used || count > 0
+		if count == 0 && (used || time.Since(began) > idleTime) {
+			end()
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
