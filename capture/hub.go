@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tweed/capture/filter"
+	"tweed/encap"
 	"tweed/engine"
 	"tweed/engine/tap"
 )
@@ -22,8 +23,12 @@ const (
 
 	// ringBytes is the size of a worker's ring.
 	ringBytes = 8 << 20
-	// bufferBytes is the size of a session's buffer.
-	bufferBytes = 16 << 20
+	// bufferBytes is the size of a session's buffer, buffersBytes that of all
+	// together; the smaller share counts.
+	bufferBytes  = 16 << 20
+	buffersBytes = 128 << 20
+	// filterSnap is how many bytes of a packet filters see at the least.
+	filterSnap = 256
 	// idle is how long the hub sleeps when the rings are empty.
 	idle = 2 * time.Millisecond
 	// burst is how many records the hub handles before it looks at its orders.
@@ -39,11 +44,10 @@ type Tapped interface {
 // Config says what a session wants.
 type Config struct {
 	Points tap.Points
-	// Snap is how many bytes of a packet to keep, 0 for MaxSnap. Outside the
-	// tunnel the outer headers are not counted.
+	// Snap is how many bytes of a packet to keep, 0 for MaxSnap.
 	Snap int
-	// Filter keeps only the packets it matches; nil keeps all.
-	Filter *filter.Program
+	// Filters keep only the packets that all of them match.
+	Filters []*filter.Program
 }
 
 // Hub runs the captures of one engine. It is safe for concurrent use.
@@ -54,6 +58,8 @@ type Hub struct {
 	set      *tap.Set
 	counted  Counts // of set's losses, what the sessions have been told
 	running  bool
+	heads    []tap.Record // of each ring of set, when full says so
+	full     []bool
 }
 
 // NewHub returns a Hub without an engine.
@@ -125,13 +131,19 @@ func (h *Hub) install() error {
 	snap := 0
 	for s := range h.sessions {
 		points |= s.cfg.Points
-		snap = max(snap, s.cfg.Snap)
+		// A record holds the framing's prefix before what is inside.
+		snap = max(snap, s.cfg.Snap+encap.MaxPrefixLen)
+		if len(s.cfg.Filters) > 0 {
+			snap = max(snap, filterSnap)
+		}
+		s.limit = min(bufferBytes, buffersBytes/len(h.sessions))
 	}
 	set, err := tap.NewSet(h.source.TapWorkers(), points, snap, ringBytes)
 	if err != nil {
 		return fmt.Errorf("capture: %w", err)
 	}
 	h.set, h.counted = set, Counts{}
+	h.heads, h.full = make([]tap.Record, len(set.Rings())), make([]bool, len(set.Rings()))
 	h.source.SetTap(set)
 	return nil
 }
@@ -166,7 +178,8 @@ func (h *Hub) run() {
 		n := h.drain(burst)
 		h.tellLost()
 		h.mu.Unlock()
-		if n == 0 {
+		if n < burst {
+			// Waking up for every packet would cost the engine more.
 			time.Sleep(idle)
 		}
 	}
@@ -179,8 +192,8 @@ func (h *Hub) drain(limit int) int {
 		return 0
 	}
 	rings := h.set.Rings()
-	heads := make([]tap.Record, len(rings))
-	full := make([]bool, len(rings))
+	heads, full := h.heads, h.full
+	clear(full)
 	for n := range limit {
 		oldest := -1
 		for i, r := range rings {

@@ -15,6 +15,8 @@ type Session struct {
 
 	view viewer // used by the hub only
 	meta filter.Meta
+	// limit is the size of the buffer in bytes; the hub changes it.
+	limit int
 
 	mu     sync.Mutex
 	stats  Stats
@@ -39,20 +41,18 @@ func (s *Session) record(r *tap.Record) {
 	number, tagged := vni(r)
 	s.view.show(r, s.cfg.Points, func(p *Packet) {
 		s.stats.Seen[p.Point]++
-		if s.cfg.Filter != nil {
+		if len(s.cfg.Filters) > 0 {
 			s.describe(p, int(r.PrefixLen))
 			s.meta.VNI, s.meta.Tagged = number, tagged
-			if !s.cfg.Filter.Match(&s.meta, p.Data) {
-				return
+			for _, f := range s.cfg.Filters {
+				if !f.Match(&s.meta, p.Data) {
+					return
+				}
 			}
 		}
 		s.stats.Matched[p.Point]++
-		snap := s.cfg.Snap
-		if p.Outer {
-			snap += outerLen
-		}
-		p.Data = p.Data[:min(len(p.Data), snap)]
-		if len(s.filled)+frameLen(p) > bufferBytes {
+		p.Data = p.Data[:min(len(p.Data), s.cfg.Snap)]
+		if len(s.filled)+frameLen(p) > s.limit {
 			s.stats.Overrun[p.Point]++
 			s.gap[p.Point]++
 			return

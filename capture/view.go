@@ -17,12 +17,17 @@ const (
 	protoTCP = 6
 )
 
+// blank is the place of the outer headers.
+var blank [outerLen]byte
+
 // viewer shows records as packets at their points. It belongs to one goroutine;
 // a packet's Data is borrowed until the next call.
 type viewer struct {
 	inner, outer []byte
 	split        tun.Splitter
 	whole        []byte // a super-packet, padded to its full length
+	seg          []byte // one segment of it
+	pkt          Packet
 }
 
 // show calls emit for each wanted point the record passed, and for each segment
@@ -34,14 +39,16 @@ func (v *viewer) show(r *tap.Record, want tap.Points, emit func(*Packet)) {
 	}
 	for p := range tap.NumPoints {
 		if r.Points.Has(p) && want.Has(p) {
-			pkt := v.packet(r, p)
-			emit(&pkt)
+			v.packet(r, p)
+			emit(&v.pkt)
 		}
 	}
 }
 
-func (v *viewer) packet(r *tap.Record, p tap.Point) Packet {
-	pkt := Packet{
+// packet makes v.pkt the record as it was at p.
+func (v *viewer) packet(r *tap.Record, p tap.Point) {
+	pkt := &v.pkt
+	*pkt = Packet{
 		Time: r.Time, ID: r.ID, Point: p, Reason: engine.Reason(r.Reason), Receive: r.Receive, Worker: r.Worker,
 		Peer: addrPort(r.Peer, r.PeerPort), Local: addrPort(r.Local, r.LocalPort), VXLAN: r.PrefixLen > 0, Segments: 1,
 	}
@@ -58,17 +65,15 @@ func (v *viewer) packet(r *tap.Record, p tap.Point) Packet {
 		}
 		pkt.Unfinished = partial(r, v.inner) && !finish(v.inner, pkt.Length)
 		pkt.Data = v.inner
-		return pkt
+		return
 	}
 	pkt.Length = outerLen + int(r.Length)
-	v.outer = append(v.outer[:0], make([]byte, outerLen)...)
-	v.outer = append(v.outer, r.Data...)
+	v.outer = append(append(v.outer[:0], blank[:]...), r.Data...)
 	if inner := v.outer[min(outerLen+prefix, len(v.outer)):]; partial(r, inner) {
 		pkt.Unfinished = !finish(inner, int(r.Length)-prefix)
 	}
 	putOuter(v.outer, r, pkt.Length)
 	pkt.Data = v.outer
-	return pkt
 }
 
 // segments shows a super-packet that was dropped, or switched to a neighbour,
@@ -85,7 +90,8 @@ func (v *viewer) segments(r *tap.Record, want tap.Points, emit func(*Packet)) {
 	}
 	v.split.Begin(v.whole, false)
 	hl := v.split.HeaderLen()
-	seg := make([]byte, v.split.SegmentLen())
+	v.seg = append(v.seg[:0], make([]byte, v.split.SegmentLen())...)
+	seg := v.seg
 	for at := hl; ; {
 		payload, ok := v.split.Next(seg[:hl])
 		if !ok {

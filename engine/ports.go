@@ -248,8 +248,8 @@ func (w *txWorker) switched(v *view, p *tun.Packet, ip []byte, segments, bytes u
 	if q == nil {
 		return false
 	}
+	h := tap.Header{Points: tap.Of(tap.TunIn, tap.TunOut), Flags: tap.Inner}
 	if w.tap.ring != nil {
-		h := tap.Header{Points: tap.Of(tap.TunIn, tap.TunOut), Flags: tap.Inner}
 		w.show(&h, p, ip, segments)
 	}
 	var err error
@@ -267,6 +267,9 @@ func (w *txWorker) switched(v *view, p *tun.Packet, ip []byte, segments, bytes u
 	}
 	if err != nil {
 		w.tally.drop(TxLocalError, segments)
+		if w.tap.ring != nil {
+			w.tap.ring.Fail(h.ID, tap.TunOut, uint8(TxLocalError), segments)
+		}
 		return true
 	}
 	w.tally.Delivered += segments

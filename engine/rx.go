@@ -46,7 +46,7 @@ func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker,
 	w.tap.worker = e.taps()
 	w.refused = func(id uint64) {
 		if w.tap.ring != nil {
-			w.tap.ring.Fail(id, tap.TunOut, uint8(RxTUNError))
+			w.tap.ring.Fail(id, tap.TunOut, uint8(RxTUNError), 1)
 		}
 	}
 	return w, nil

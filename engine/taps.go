@@ -41,10 +41,12 @@ func (t *tapper) end() {
 
 func (t *tapper) put(h *tap.Header, head, tail []byte) {
 	h.Time = t.now
-	t.now++
 	if h.ID == 0 {
 		h.ID = t.nextID()
 	}
+	// Each segment of a super-packet takes a name and a moment of its own.
+	t.now += max(int64(h.Segments), 1)
+	t.id += uint64(max(h.Segments, 1) - 1)
 	t.ring.Put(h, head, tail)
 }
 
@@ -52,7 +54,15 @@ func (t *tapper) put(h *tap.Header, head, tail []byte) {
 func (e *Engine) taps() int { return len(e.tx) + len(e.rx) }
 
 // TapWorkers returns how many rings a tap.Set for this engine needs.
-func (e *Engine) TapWorkers() int { return e.taps() }
+func (e *Engine) TapWorkers() int {
+	e.apply.Lock()
+	defer e.apply.Unlock()
+	n := e.taps()
+	if e.ports == nil {
+		n += 2 // the workers that the first attached port will bring
+	}
+	return n
+}
 
 // SetTap makes the workers put records of the packets they handle into s; nil
 // stops that. It returns when no worker uses the set before it any more, which

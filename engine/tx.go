@@ -81,7 +81,7 @@ func newTxWorker(e *Engine, src source, udp *encap.Socket) (*txWorker, error) {
 	w.tap.worker = e.taps()
 	w.refused = func(id uint64, class encap.SendError) {
 		if w.tap.ring != nil {
-			w.tap.ring.Fail(id, tap.WireOut, uint8(sendReasons[class]))
+			w.tap.ring.Fail(id, tap.WireOut, uint8(sendReasons[class]), 1)
 		}
 	}
 	return w, nil

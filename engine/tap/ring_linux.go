@@ -32,7 +32,11 @@ type Ring struct {
 	// head and tail count bytes ever written and read; only their difference
 	// and their low bits matter. next is the writer's uncommitted head.
 	next uint64
-	head atomic.Uint64
+	// kept says that a record put since the last Commit is wanted; failed is
+	// where Fail found the last one.
+	kept   bool
+	failed uint64
+	head   atomic.Uint64
 	_    [64]byte // the reader's line
 	tail atomic.Uint64
 	_    [64]byte
@@ -59,11 +63,15 @@ func (r *Ring) slot(at uint64) *slot {
 	return (*slot)(unsafe.Pointer(&r.buf[at&uint64(len(r.buf)-1)]))
 }
 
+// canFail are the points a packet may turn out not to have reached.
+const canFail = Points(1<<WireOut | 1<<TunOut)
+
 // Put adds a record of the packet head + tail, visible after Commit. Points
-// nobody wants are taken out of h.Points; with none left, nothing happens.
+// nobody wants are taken out of h.Points; with none left, the record stays
+// only if Fail makes it one of Drop.
 func (r *Ring) Put(h *Header, head, tail []byte) {
 	want := h.Points & r.points
-	if want == 0 {
+	if want == 0 && (h.Points&canFail == 0 || !r.points.Has(Drop)) {
 		return
 	}
 	length := len(head) + len(tail)
@@ -90,6 +98,7 @@ func (r *Ring) Put(h *Header, head, tail []byte) {
 	n := copy(data, head)
 	copy(data[n:], tail)
 	r.next += size
+	r.kept = r.kept || want != 0
 }
 
 // lose adds n to the loss counters of the points.
@@ -101,27 +110,41 @@ func (r *Ring) lose(points Points, n uint64) {
 	}
 }
 
-// Fail amends the uncommitted record with the given ID: the packet did not
-// reach point p but was dropped for reason. When the record was lost, the loss
-// counters are amended instead.
-func (r *Ring) Fail(id uint64, p Point, reason uint8) {
-	for at := r.head.Load(); at < r.next; {
-		var s *slot
-		s, at = r.at(at)
-		if s.hdr.ID == id && s.hdr.Points.Has(p) {
-			s.hdr.Points &^= Of(p)
-			s.hdr.Points |= Of(Drop) & r.points
-			s.hdr.Reason = reason
-			return
-		}
-		at += uint64(s.size)
+// Fail amends the uncommitted record with the given ID, which stands for n
+// packets: they did not reach point p but were dropped for reason. When the
+// record was lost, the loss counters are amended instead.
+func (r *Ring) Fail(id uint64, p Point, reason uint8, n uint64) {
+	if !r.points.Has(p) && !r.points.Has(Drop) {
+		return
+	}
+	// Failures come in the order of the records, so that the next is near.
+	from := max(r.failed, r.head.Load())
+	if r.amend(from, r.next, id, p, reason) || r.amend(r.head.Load(), from, id, p, reason) {
+		return
 	}
 	if r.points.Has(p) {
-		r.lost[p].Add(^uint64(0))
+		r.lost[p].Add(-n)
 	}
 	if r.points.Has(Drop) {
-		r.lost[Drop].Add(1)
+		r.lost[Drop].Add(n)
 	}
+}
+
+// amend does Fail's work if the record is between two positions.
+func (r *Ring) amend(from, to, id uint64, p Point, reason uint8) bool {
+	for from < to {
+		var s *slot
+		s, from = r.at(from)
+		if s.hdr.ID == id {
+			s.hdr.Points = s.hdr.Points&^Of(p) | Of(Drop)&r.points
+			s.hdr.Reason = reason
+			r.kept = r.kept || s.hdr.Points != 0
+			r.failed = from
+			return true
+		}
+		from += uint64(s.size)
+	}
+	return false
 }
 
 // at returns the record at pos and its position, which is further on when pos
@@ -137,9 +160,14 @@ func (r *Ring) at(pos uint64) (*slot, uint64) {
 
 // Commit makes everything put so far visible to the reader.
 func (r *Ring) Commit() {
-	if r.next != r.head.Load() {
+	switch head := r.head.Load(); {
+	case r.next == head:
+	case r.kept:
 		r.head.Store(r.next)
+	default:
+		r.next = head // nothing in it came to be wanted
 	}
+	r.kept, r.failed = false, 0
 }
 
 // Record is one record as the reader sees it.
@@ -150,7 +178,8 @@ type Record struct {
 }
 
 // Next fills rec with the oldest unread record and reports whether there was one.
-// Release frees its space.
+// Release frees its space. A record may have no points left; it is then of no
+// interest.
 func (r *Ring) Next(rec *Record) bool {
 	pos, head := r.tail.Load(), r.head.Load()
 	if pos == head {
