@@ -2,6 +2,8 @@ package tun
 
 import (
 	"bytes"
+	"encoding/binary"
+	"net/netip"
 	"testing"
 
 	"tweed/tun/tuntest"
@@ -138,7 +140,74 @@ func TestCoalescerKeepsApart(t *testing.T) {
 		f(&a, &b)
 		check("tcp, "+name, a, b)
 	}
+	for name, n := range map[string]uint16{"short": 50, "long": 500, "tiny": 1, "without header": 7} {
+		a, b := udpDatagram(0, 100), udpDatagram(1, 100)
+		a.UDPLen = n
+		check("udp, first of "+name+" UDP length", a, b)
+		a.UDPLen, b.UDPLen = 0, n
+		check("udp, second of "+name+" UDP length", a, b)
+		a.UDPLen = n
+		check("udp, both of "+name+" UDP length", a, b)
+	}
 	check("another protocol", tuntest.Packet{Proto: 132, Payload: make([]byte, 100)}, tuntest.Packet{Proto: 132, Payload: make([]byte, 100)})
+}
+
+// Flows are told apart by their addresses and ports, not only by their hash.
+func TestFlowsOfOneBucketDoNotMix(t *testing.T) {
+	bucket := func(p tuntest.Packet) uint32 {
+		b := p.Bytes()
+		return (&item{pkt: b, ihl: 20}).bucket()
+	}
+	for name, change := range map[string]func(p *tuntest.Packet, i int){
+		"source":      func(p *tuntest.Packet, i int) { p.Src = netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}) },
+		"destination": func(p *tuntest.Packet, i int) { p.Dst = netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}) },
+		"source port": func(p *tuntest.Packet, i int) { p.SrcPort = uint16(i) },
+		"port":        func(p *tuntest.Packet, i int) { p.DstPort = uint16(i) },
+	} {
+		for _, kind := range []func(i, size int) tuntest.Packet{tcpSegment, udpDatagram} {
+			a, b := kind(0, 100), kind(1, 100)
+			found := false
+			for i := 7000; i < 1<<16 && !found; i++ {
+				change(&b, i)
+				found = bucket(a) == bucket(b)
+			}
+			if !found {
+				t.Fatalf("%s: no two flows share a bucket", name)
+			}
+			if r := flushed(t, OffloadFull, a, b); len(r.raw) != 2 {
+				t.Errorf("%s: two flows were merged", name)
+			}
+		}
+	}
+}
+
+// A TCP header shorter than 20 bytes is for the kernel to reject.
+func TestImpossibleTCPHeaderIsLeftAlone(t *testing.T) {
+	for doff := range byte(16) {
+		c := NewCoalescer(1426)
+		r, q := newRecorder(t, OffloadFull)
+		var want [][]byte
+		for i := range 3 {
+			b := tcpSegment(i, 30).Bytes()
+			b[32] = doff << 4
+			put32(b[24:], uint32(i)*uint32(len(b)-20-int(doff)*4)) // in sequence, if one believes it
+			b = withTCPSum(b)
+			want = append(want, bytes.Clone(b))
+			c.Add(q, b, 0, 0)
+		}
+		NewWriter().Flush(c, new(Written))
+		if doff >= 5 && doff*4 < 62 {
+			continue // possible: the options just look different
+		}
+		if got := r.packets(); !equalPackets(got, want) {
+			t.Errorf("data offset %d: packets changed", doff)
+		}
+	}
+}
+
+func withTCPSum(b []byte) []byte {
+	put16(b[36:], tuntest.Sum(b[12:20], []byte{0, 6}, binary.BigEndian.AppendUint16(nil, uint16(len(b)-20))))
+	return tuntest.Complete(b)
 }
 
 func TestShortPacketEndsARun(t *testing.T) {

@@ -153,6 +153,23 @@ func TestPartialSegmentsHoldThePseudoHeadersSum(t *testing.T) {
 	})
 }
 
+// A UDP checksum that comes out as 0 would mean that there is none.
+func TestSegmentsAlwaysHaveAUDPChecksum(t *testing.T) {
+	p := tuntest.Packet{Proto: tuntest.UDP, Payload: make([]byte, 4)}
+	found := false
+	for v := range 1 << 16 {
+		put16(p.Payload, uint16(v))
+		s := segments(t, p.Super(2), false)[0]
+		if be16(s[26:]) == 0 {
+			t.Fatalf("payload %#04x: checksum 0", v)
+		}
+		found = found || be16(s[26:]) == 0xffff
+	}
+	if !found {
+		t.Fatal("no payload had the checksum 0xffff")
+	}
+}
+
 // Between Start and Begin the worker lowers the TTL: the segments show it.
 func TestBeginTakesTheHeadersAsTheyAreThen(t *testing.T) {
 	p := tuntest.Packet{Proto: tuntest.UDP, TTL: 9, Payload: make([]byte, 30)}

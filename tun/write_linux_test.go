@@ -166,6 +166,18 @@ func TestWholeSuperPacketsGetTheirHeader(t *testing.T) {
 	}
 }
 
+// One datagram that arrived with a segment size is one datagram.
+func TestWholePacketOfOneSegmentIsNoSuperPacket(t *testing.T) {
+	for _, size := range []int{1199, 1200} {
+		p := whole(udpDatagram(0, 0), size, tuntest.Partial)
+		c := NewCoalescer(1426)
+		r, q := newRecorder(t, OffloadFull)
+		c.Add(q, p.Bytes(), 1200, 0)
+		NewWriter().Flush(c, new(Written))
+		sameBytes(t, r.packets(), p)
+	}
+}
+
 // Marking a super-packet makes its checksum right. One that was wrong before
 // must not get that far, however it came.
 func TestWrongChecksumIsNeverLaundered(t *testing.T) {
@@ -209,7 +221,11 @@ func TestRefusedSuperPacketIsWrittenPacketByPacket(t *testing.T) {
 	tcp[2].Flags, tcp[2].Payload = tcp[2].Flags|tuntest.PSH, tcp[2].Payload[:60]
 	udp := []tuntest.Packet{udpDatagram(0, 100), udpDatagram(1, 100), udpDatagram(2, 7)}
 	udp[1].Sum = tuntest.Partial
-	all := append(slices.Clone(tcp), udp...)
+	refusedAndReplayed(t, append(slices.Clone(tcp), udp...))
+	refusedAndReplayed(t, append(slices.Clone(udp), tcp...))
+}
+
+func refusedAndReplayed(t *testing.T, all []tuntest.Packet) {
 	r, q := newRecorder(t, OffloadFull)
 	refused := 0
 	r.answer = func(raw []byte) syscall.Errno {

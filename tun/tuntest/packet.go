@@ -68,6 +68,7 @@ type Packet struct {
 	Window           uint16
 	Urgent           uint16
 	TCPOptions       []byte // a multiple of 4 bytes
+	UDPLen           uint16 // in place of the right length, unless 0
 
 	Payload []byte
 	Sum     Checksum
@@ -80,7 +81,7 @@ var (
 	defaultDst = netip.AddrFrom4([4]byte{10, 1, 2, 3})
 )
 
-// Bytes returns the packet as on the wire, with all lengths right.
+// Bytes returns the packet as on the wire.
 func (p Packet) Bytes() []byte {
 	l4 := p.transport()
 	ihl := 20 + len(p.IPOptions)
@@ -133,6 +134,9 @@ func (p Packet) transport() []byte {
 		binary.BigEndian.PutUint16(h[0:], p.SrcPort)
 		binary.BigEndian.PutUint16(h[2:], p.DstPort)
 		binary.BigEndian.PutUint16(h[4:], uint16(8+len(p.Payload)))
+		if p.UDPLen != 0 {
+			binary.BigEndian.PutUint16(h[4:], p.UDPLen)
+		}
 	}
 	return append(h, p.Payload...)
 }
