@@ -160,6 +160,22 @@ func makeTUN(nl *netlink.Handle, l Link, a *answer) (*os.File, error) {
 	return f, nil
 }
 
+// CheckDevice returns what is wrong with the TUN tier here as far as the device
+// node goes, nil if it can be opened.
+func CheckDevice() *Verdict {
+	fd, err := unix.Open(cloneDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+		return nil
+	}
+	v := &Verdict{Tier: TierTUN, Why: err.Error()}
+	var no *tierError
+	if errors.As(explainDevice(err), &no) {
+		v.Why, v.Fix = no.err.Error(), no.fix
+	}
+	return v
+}
+
 // explainDevice says why /dev/net/tun cannot be opened.
 func explainDevice(err error) error {
 	switch {

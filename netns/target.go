@@ -16,6 +16,14 @@ import (
 // ErrGone is returned for a target that has ended or whose path was removed.
 var ErrGone = errors.New("gone")
 
+// errGone is ErrGone where the text says it already.
+var errGone error = silent{ErrGone}
+
+type silent struct{ is error }
+
+func (silent) Error() string   { return "" }
+func (s silent) Unwrap() error { return s.is }
+
 // pathInterval is how often the path of a [Target] is looked at. A process is
 // watched without polling.
 const pathInterval = time.Second
@@ -76,7 +84,7 @@ func (t *Target) openProcess(pid int) error {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	switch {
 	case errors.Is(err, unix.ESRCH):
-		return fmt.Errorf("netns: pid %d: no such process: %w", pid, ErrGone)
+		return fmt.Errorf("netns: pid %d: no such process%w", pid, errGone)
 	case errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("netns: pid %d: not a process (the id of a thread?)", pid)
 	case err != nil:
@@ -84,7 +92,7 @@ func (t *Target) openProcess(pid int) error {
 	}
 	t.process = os.NewFile(uintptr(fd), "pidfd")
 	if t.start, err = startTime(pid); err != nil {
-		return fmt.Errorf("netns: pid %d: %w: %w", pid, ErrGone, err)
+		return fmt.Errorf("netns: pid %d: it has ended%w", pid, errGone)
 	}
 	t.net, err = OfProcess(pid)
 	if err != nil {
@@ -93,7 +101,7 @@ func (t *Target) openProcess(pid int) error {
 	// The pid may have been given to another process before the pidfd was
 	// opened, but not after: alive now means that what was opened is its own.
 	if t.ended() {
-		return fmt.Errorf("netns: pid %d: it has ended: %w", pid, ErrGone)
+		return fmt.Errorf("netns: pid %d: it has ended%w", pid, errGone)
 	}
 	return nil
 }
@@ -108,7 +116,7 @@ func explainOpen(pid int, err error) error {
 		}
 		return fmt.Errorf("netns: pid %d: it belongs to %s, and uid %d may not enter its namespaces: run the engine as that user or as root: %w", pid, owner, os.Geteuid(), err)
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ESRCH):
-		return fmt.Errorf("netns: pid %d: it has ended: %w", pid, ErrGone)
+		return fmt.Errorf("netns: pid %d: it has ended%w", pid, errGone)
 	}
 	return fmt.Errorf("netns: pid %d: %w", pid, err)
 }
@@ -129,7 +137,7 @@ func (t *Target) openPath(name string) error {
 		}
 		tried = append(tried, path)
 	}
-	return fmt.Errorf("netns: %s: no such namespace (looked at %s): %w", name, strings.Join(tried, ", "), ErrGone)
+	return fmt.Errorf("netns: %s: no such namespace (looked at %s)%w", name, strings.Join(tried, ", "), errGone)
 }
 
 // candidatePaths are the places a namespace's name can stand for.

@@ -50,6 +50,9 @@ func (r *runner) deviceStatus() DeviceStatus {
 		Name: r.name, MTU: r.overlay.mtu, Up: r.linkUp, Workers: r.cfg.Workers,
 		GSOMaxSize: r.overlay.gso, Recreated: r.recreated,
 	}
+	if r.cfg.AttachOnly {
+		return DeviceStatus{AttachOnly: true, MTU: r.overlay.mtu, GSOMaxSize: r.overlay.gso}
+	}
 	if r.own.Subnet.IsValid() {
 		d.Address = r.own.Subnet.Addr()
 	}

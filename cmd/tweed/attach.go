@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -162,6 +163,33 @@ func printAttached(w io.Writer, s node.AttachmentStatus) {
 		fmt.Fprintf(w, "  tier %s was not possible: %s\n", v.Tier, v.Why)
 		if v.Fix != "" {
 			fmt.Fprintf(w, "    to get it: %s\n", v.Fix)
+		}
+	}
+}
+
+// printAttachedCount is the line of tweed status about attachments.
+func printAttachedCount(line lineFunc, list []node.AttachmentStatus) {
+	if len(list) == 0 {
+		return
+	}
+	tiers := map[attach.Tier]uint64{}
+	for _, s := range list {
+		tiers[s.Tier]++
+	}
+	var parts []string
+	for _, t := range []attach.Tier{attach.TierTUN, attach.TierVeth, attach.TierNetstack} {
+		if tiers[t] > 0 {
+			parts = append(parts, fmt.Sprintf("%d by tier %s", tiers[t], t))
+		}
+	}
+	line("attached", "%s (tweed ps lists them)", strings.Join(parts, ", "))
+	seen := map[string]bool{}
+	for _, s := range list {
+		for _, v := range s.Passed {
+			if text := v.String(); !seen[text] {
+				seen[text] = true
+				line("", "no tier %s", text)
+			}
 		}
 	}
 }

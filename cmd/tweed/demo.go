@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"tweed/attach"
 	"tweed/encap"
 	"tweed/netns"
 )
@@ -27,20 +28,25 @@ type demoOptions struct {
 	nodes    int
 	framings []encap.Framing
 	keep     bool
+	// tier is how the nodes are connected; passed are the better ones, with what
+	// was wrong with them.
+	tier   attach.Tier
+	passed []attach.Verdict
 	// runDir is the folder that holds the folder of each demo.
 	runDir string
 }
 
 func newDemoCommand() *cobra.Command {
 	var o demoOptions
-	var backend string
+	var backend, tier string
 	cmd := &cobra.Command{
 		Use:     "demo",
 		Short:   "Show a whole overlay on this machine, in network namespaces",
 		GroupID: groupRun,
 		Long: `demo builds an underlay and two or more nodes in network namespaces, starts an
 etcd and a node in each, and pings and transfers across the overlay. It needs
-nothing installed, and /dev/net/tun; without root it works in a user namespace.
+nothing installed; without root it works in a user namespace, and where
+/dev/net/tun cannot be used each node has a container with a veth pair instead.
 Everything is removed at the end, also after an error or Ctrl-C.`,
 		Example: `  tweed demo
   tweed demo --nodes 4 --backend vxlan
@@ -54,7 +60,14 @@ Everything is removed at the end, also after an error or Ctrl-C.`,
 			if o.framings, err = demoFramings(backend); err != nil {
 				return newUsageError(cmd, err)
 			}
+			want, err := attach.ParseTier(tier)
+			if err != nil {
+				return newUsageError(cmd, fmt.Errorf("--tier %q: expected auto, tun or veth", tier))
+			}
 			return inDemoNamespace(cmd, func(ctx context.Context) error {
+				if o.tier, o.passed, err = chooseDemoTier(want); err != nil {
+					return err
+				}
 				return runDemo(ctx, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
 			})
 		},
@@ -63,6 +76,8 @@ Everything is removed at the end, also after an error or Ctrl-C.`,
 	fs.IntVar(&o.nodes, "nodes", 2, "`number` of nodes, 2 to 16")
 	fs.StringVar(&backend, "backend", "both", "`framing` of the overlay: udp, vxlan or both, one beside the other")
 	fs.BoolVar(&o.keep, "keep", false, "leave it running until `tweed demo down`")
+	fs.StringVar(&tier, "tier", "auto", "force a `tier`: tun or veth (default: the best that works)")
+	completeWords(cmd, "tier", "auto", "tun", "veth")
 	completeWords(cmd, "backend", "udp", "vxlan", "both")
 	down := &cobra.Command{
 		Use:   "down",
@@ -110,9 +125,6 @@ func inDemoNamespace(cmd *cobra.Command, f func(context.Context) error) error {
 	if done {
 		os.Exit(status)
 	}
-	if err := checkTUNNode(); err != nil {
-		return err
-	}
 	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
 	err = f(ctx)
@@ -120,26 +132,6 @@ func inDemoNamespace(cmd *cobra.Command, f func(context.Context) error) error {
 		return errors.New("demo: interrupted; everything was removed")
 	}
 	return err
-}
-
-// checkTUNNode says before anything is built whether the nodes will be able to
-// open their TUN devices.
-func checkTUNNode() error {
-	const path = "/dev/net/tun"
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err == nil {
-		return f.Close()
-	}
-	uid, inside := netns.OutsideUID()
-	switch {
-	case inside && errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("demo: %s may not be opened by uid %s, not even as root of a user namespace; type: sudo chmod 0666 %s (harmless: creating a device takes CAP_NET_ADMIN), or: sudo %s", path, uid, path, selfName()+" demo")
-	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("demo: %s may not be opened here (a container's device rule?); run the container with: --device %s", path, path)
-	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
-		return fmt.Errorf("demo: no %s on this machine; type: sudo modprobe tun, or in a container: --device %s", path, path)
-	}
-	return fmt.Errorf("demo: %w", err)
 }
 
 // selfName is how the user called this program, to be shown in what to type.

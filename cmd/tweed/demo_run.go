@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"tweed/attach"
 	"tweed/encap"
 	"tweed/netns"
 	"tweed/node"
@@ -35,6 +36,8 @@ type demo struct {
 	lan       *netns.LAN
 	endpoint  string
 	processes []*demoProcess
+	// containers are the namespaces of contain.
+	containers []*netns.Namespace
 	// fail ends the demo's context with a cause; it does nothing afterwards.
 	fail context.CancelCauseFunc
 }
@@ -57,6 +60,10 @@ type demoNode struct {
 	dir     string
 	api     *node.Client
 	status  node.Status
+	// address is where the node is pinged, in ns; container holds ns where that
+	// is not the node's own.
+	address   netip.Addr
+	container *demoProcess
 }
 
 func newOverlay(f encap.Framing) *overlay {
@@ -110,6 +117,10 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) error
 func (d *demo) show(ctx context.Context) ([]*overlay, error) {
 	if uid, inside := netns.OutsideUID(); inside {
 		d.out.done("user namespace", "uid %s is root inside", uid)
+	}
+	for _, v := range d.o.passed {
+		d.out.done("tier "+string(d.o.tier), "since tier %s is not possible: %s", v.Tier, v.Why)
+		d.out.block(func(w io.Writer) { fmt.Fprintln(w, "to get it:", v.Fix) })
 	}
 	var err error
 	if d.lan, err = netns.NewLAN(netns.LANConfig{Nodes: d.o.nodes}); err != nil {
@@ -188,7 +199,8 @@ func (d *demo) up(ctx context.Context, o *overlay) error {
 			"--etcd-endpoints", d.endpoint, "--etcd-prefix", o.prefix,
 			"--iface", netns.LANInterface, "--tun-name", o.tunName,
 			"--state-dir", n.dir, "--subnet-file", filepath.Join(n.dir, "subnet.env"),
-			"--node-name", n.name, "--iptables-forward-rules=false")
+			"--node-name", n.name, "--iptables-forward-rules=false",
+			fmt.Sprintf("--attach-only=%t", d.o.tier != attach.TierTUN))
 		if err != nil {
 			return err
 		}
@@ -206,8 +218,18 @@ func (d *demo) up(ctx context.Context, o *overlay) error {
 			return err
 		}
 		s := n.status
+		on := s.Device.Name
+		if on == "" {
+			on = "no device"
+		}
 		d.out.done(n.name, "%s on %s, MTU %d, pid %d, ready after %.2f s",
-			s.Lease.Subnet, s.Device.Name, s.Device.MTU, s.PID, time.Since(began).Seconds())
+			s.Lease.Subnet, on, s.Device.MTU, s.PID, time.Since(began).Seconds())
+		n.address = s.Device.Address
+		if d.o.tier != attach.TierTUN {
+			if err := d.contain(ctx, n); err != nil {
+				return err
+			}
+		}
 	}
 	leases, err := o.nodes[0].api.Leases(ctx)
 	if err != nil {
@@ -262,7 +284,15 @@ func demoLedger(l node.DirectionLedger) string {
 }
 
 // addr is the node's address on the overlay.
-func (n *demoNode) addr() netip.Addr { return n.status.Device.Address }
+func (n *demoNode) addr() netip.Addr { return n.address }
+
+// pid is a process where addr is.
+func (n *demoNode) pid() int {
+	if n.container != nil {
+		return n.container.cmd.Process.Pid
+	}
+	return n.process.cmd.Process.Pid
+}
 
 // record writes down what `demo down` has to end, nodes before etcd.
 func (d *demo) record() error {
@@ -292,6 +322,9 @@ func (d *demo) remove() error {
 	if d.lan != nil {
 		err = d.lan.Close()
 	}
+	for _, c := range d.containers {
+		c.Close()
+	}
 	return errors.Join(err, d.dir.remove())
 }
 
@@ -300,6 +333,9 @@ func (d *demo) closeHandles() {
 	d.lan.Switch.Close()
 	for _, n := range d.lan.Nodes {
 		n.Close()
+	}
+	for _, c := range d.containers {
+		c.Close()
 	}
 	d.dir.lock.Close()
 }
@@ -316,9 +352,9 @@ func advice() [][2]string {
 func (d *demo) keptAdvice(overlays []*overlay) [][2]string {
 	self := selfName()
 	a, b := overlays[0].nodes[0], overlays[0].nodes[1]
-	enter := fmt.Sprintf("nsenter -t %d -n", a.process.cmd.Process.Pid)
+	enter := fmt.Sprintf("nsenter -t %d -n", a.pid())
 	if _, inside := netns.OutsideUID(); inside {
-		enter = fmt.Sprintf("nsenter -t %d -U -n --preserve-credentials", a.process.cmd.Process.Pid)
+		enter = fmt.Sprintf("nsenter -t %d -U -n --preserve-credentials", a.pid())
 	}
 	return [][2]string{
 		{enter, "a shell in node n1; the others' pids are above"},

@@ -28,6 +28,8 @@ func main() {
 		os.Exit(attach.HelperMain())
 	case len(os.Args) > 1 && os.Args[1] == runInit:
 		os.Exit(becomeCommand(os.Args[2:]))
+	case len(os.Args) == 2 && os.Args[1] == holdArg:
+		os.Exit(hold())
 	}
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
 }

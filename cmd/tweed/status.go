@@ -60,6 +60,7 @@ func printStatus(w io.Writer, s node.Status, peers []node.PeerStatus, now time.T
 	printNetwork(line, s)
 	printUnderlay(line, s)
 	printDevice(line, s.Device)
+	printAttachedCount(line, s.Attachments)
 	printEtcd(line, s.Etcd)
 	printPeersOf(line, s.Peers, peers)
 	if s.Rules.Mode != "" && s.Rules.Mode != "none" {
@@ -145,6 +146,10 @@ func words(parts ...string) string {
 }
 
 func printDevice(line lineFunc, d node.DeviceStatus) {
+	if d.AttachOnly {
+		line("device", "none: only attached containers, MTU %d", d.MTU)
+		return
+	}
 	if d.Name == "" {
 		line("device", "none yet")
 		return
