@@ -7,12 +7,14 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"sync"
 	"time"
 
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 )
 
 const (
@@ -47,6 +49,9 @@ type etcdServer struct {
 	log  zap.AtomicLevel
 	lock *os.File
 	temp bool
+
+	mu   sync.Mutex
+	grpc []*grpc.Server // what etcd serves clients with
 }
 
 // startEtcd starts a single-member etcd and waits until it answers. The caller
@@ -103,6 +108,13 @@ func (s *etcdServer) Close() error {
 	if s.etcd != nil {
 		// etcd reports its own listeners' closing as errors.
 		s.log.SetLevel(zapcore.FatalLevel)
+		// Cut the connections first: etcd would wait 7 seconds for the watches
+		// of the nodes to end by themselves.
+		s.mu.Lock()
+		for _, g := range s.grpc {
+			g.Stop()
+		}
+		s.mu.Unlock()
 		s.etcd.Close()
 	}
 	if s.lock != nil {
@@ -176,6 +188,11 @@ func (s *etcdServer) config(o etcdOptions, listen *url.URL) *embed.Config {
 	cfg.CORS = map[string]struct{}{}
 	cfg.HostWhitelist = map[string]struct{}{"localhost": {}, "127.0.0.1": {}, "::1": {}, listen.Hostname(): {}}
 	cfg.LogLevel = o.logLevel
+	cfg.ServiceRegister = func(g *grpc.Server) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.grpc = append(s.grpc, g)
+	}
 	encoder := zap.NewProductionEncoderConfig()
 	encoder.EncodeTime = zapcore.ISO8601TimeEncoder
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(
