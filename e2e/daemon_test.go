@@ -31,12 +31,13 @@ type daemon struct {
 	api    *node.Client
 }
 
-// up starts `tweed up` on node i, counted from 0, and waits until it is ready.
+// up starts `tweed up` on node i, counted from 0, and waits until it is ready
+// under a lease that etcd has confirmed.
 // More flags may be given; the tests need no traffic rules.
 func (w *world) up(i int, flags ...string) *daemon {
 	w.t.Helper()
 	e := w.start(i, flags...)
-	e.awaitReady()
+	e.await("ready and running", func(s node.Status) bool { return s.Ready && s.Phase == node.PhaseRunning })
 	return e
 }
 
@@ -65,7 +66,8 @@ func (w *world) prepare(i int, flags ...string) *daemon {
 	return e
 }
 
-// again starts the same command once more, after the process has ended.
+// again starts the same command once more, after the process has ended, and
+// waits until it forwards, from its snapshot or under its lease.
 func (e *daemon) again(flags ...string) {
 	e.w.t.Helper()
 	e.process = e.w.launch(e.ns, e.name, append(slices.Clone(e.argv), flags...)...)

@@ -185,7 +185,10 @@ func wireLike(t *testing.T, w *world, i int) {
 // tshark returns one line of fields for each frame the filter selects.
 func tshark(t *testing.T, file, filter string, options []string, fields ...string) []string {
 	t.Helper()
-	args := append([]string{"-n", "-r", file, "-d", "udp.port==8472,vxlan", "-Y", filter, "-T", "fields"}, options...)
+	// Without this, a port that happens to be some protocol's makes it look for
+	// that in our random bytes. The later -d wins.
+	args := []string{"-n", "-r", file, "-d", "udp.port==1-65535,data", "-d", "tcp.port==1-65535,data", "-d", "udp.port==8472,vxlan", "-Y", filter, "-T", "fields"}
+	args = append(args, options...)
 	for _, f := range fields {
 		args = append(args, "-e", f)
 	}
