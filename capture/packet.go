@@ -44,7 +44,7 @@ type Packet struct {
 type Counts [tap.NumPoints]uint64
 
 // Total returns the sum over all points.
-func (c *Counts) Total() uint64 {
+func (c Counts) Total() uint64 {
 	var n uint64
 	for _, v := range c {
 		n += v

@@ -15,6 +15,8 @@ const (
 	outerTTL = 64
 	protoUDP = 17
 	protoTCP = 6
+	minIPv4  = 20
+	ecnCE    = 3 // congestion experienced (RFC 3168 section 5)
 )
 
 // blank is the place of the outer headers.
@@ -59,7 +61,14 @@ func (v *viewer) packet(r *tap.Record, p tap.Point) {
 	if !pkt.Outer {
 		data := r.Data[min(prefix, len(r.Data)):]
 		pkt.Length = int(r.Length) - prefix
+		if total := ipTotal(data); p == tap.TunOut && total >= minIPv4 && total < pkt.Length {
+			pkt.Length = total // the rest padded the frame
+			data = data[:min(len(data), total)]
+		}
 		v.inner = append(v.inner[:0], data...)
+		if p == tap.TunOut && r.Receive && r.ECN == ecnCE && len(v.inner) >= minIPv4 {
+			tun.SetECN(v.inner, ecnCE)
+		}
 		if r.Flags&tap.TTLLowered != 0 && p == tap.TunIn {
 			raiseTTL(v.inner)
 		}
@@ -119,6 +128,14 @@ func partial(r *tap.Record, inner []byte) bool {
 	return r.Flags&tap.Partial != 0 || r.Receive && !r.Points.Has(tap.Drop) && tun.PartialChecksum(inner)
 }
 
+// ipTotal is the total length an IPv4 header claims, 0 without one.
+func ipTotal(ip []byte) int {
+	if len(ip) < minIPv4 {
+		return 0
+	}
+	return int(binary.BigEndian.Uint16(ip[2:]))
+}
+
 func addrPort(a uint32, port uint16) netip.AddrPort {
 	if a == 0 {
 		return netip.AddrPort{}
@@ -130,7 +147,7 @@ func addrPort(a uint32, port uint16) netip.AddrPort {
 
 // raiseTTL undoes tun.DecrementTTL.
 func raiseTTL(ip []byte) {
-	if len(ip) < 20 {
+	if len(ip) < minIPv4 {
 		return
 	}
 	ip[8]++
@@ -143,7 +160,9 @@ func raiseTTL(ip []byte) {
 // finish computes the transport checksum of a packet whose field holds the
 // pseudo header's sum. It reports false when the packet is not all there.
 func finish(ip []byte, length int) bool {
-	if len(ip) < 20 || len(ip) != length {
+	if total := ipTotal(ip); len(ip) == length && total >= minIPv4 && total <= length {
+		ip = ip[:total]
+	} else {
 		return false
 	}
 	ihl := int(ip[0]&0xf) * 4
