@@ -37,10 +37,10 @@ type Ring struct {
 	kept   bool
 	failed uint64
 	head   atomic.Uint64
-	_    [64]byte // the reader's line
-	tail atomic.Uint64
-	_    [64]byte
-	lost [NumPoints]counter
+	_      [64]byte // the reader's line
+	tail   atomic.Uint64
+	_      [64]byte
+	lost   [NumPoints]counter
 }
 
 func newRing(worker uint8, points Points, snap, size int) (*Ring, error) {
