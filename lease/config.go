@@ -108,8 +108,10 @@ func (c *NetworkConfig) complete() error {
 	case !c.EnableIPv4:
 		return errors.New("EnableIPv4 is false: the overlay carries IPv4 only; remove it or write \"EnableIPv4\": true")
 	case !c.Network.IsValid():
+		//lint:ignore ST1005 Network is the field's name
 		return errors.New("Network is missing: write for example \"Network\": \"10.244.0.0/16\"")
 	case !c.Network.Addr().Is4():
+		//lint:ignore ST1005 Network is the field's name
 		return fmt.Errorf("Network %s is not IPv4: write for example \"Network\": \"10.244.0.0/16\"", c.Network)
 	}
 	c.Network = c.Network.Masked()
@@ -130,6 +132,7 @@ func (c *NetworkConfig) completeSubnetLen() error {
 	if c.SubnetLen == 0 {
 		switch {
 		case p > 28:
+			//lint:ignore ST1005 Network is the field's name
 			return fmt.Errorf("Network %s is too small: it must be /28 or larger to hold subnets for several nodes", c.Network)
 		case p > 22:
 			c.SubnetLen = p + 2
@@ -339,7 +342,7 @@ func backendField(b *Backend) func(string, json.RawMessage) error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 		if absent(r.Type) || json.Unmarshal(r.Type, &b.Type) != nil || b.Type == "" {
-			return fmt.Errorf("%s has no Type: write %q or %q, or leave %s out for udp", name,
+			return fmt.Errorf("%s has no Type: write %s or %s, or leave %s out for udp", name,
 				`"Type": "udp"`, `"Type": "vxlan"`, name)
 		}
 		b.Type = strings.ToLower(b.Type)
