@@ -130,6 +130,8 @@ type testNode struct {
 }
 
 func baseConfig(t *testing.T, te *testEtcd, name string) Config {
+	t.Helper()
+	needTUN(t)
 	dir := t.TempDir()
 	return Config{
 		EtcdEndpoints: []string{te.endpoint.String()}, EtcdPrefix: testPrefix,

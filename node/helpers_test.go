@@ -3,6 +3,7 @@ package node
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"sort"
 	"strings"
 	"testing"
@@ -71,4 +72,24 @@ func foreignRoute(t *testing.T, nl *netlink.Handle, dst string) *netlink.Route {
 		t.Fatal(err)
 	}
 	return r
+}
+
+// cannot ends a test that this machine cannot run; in CI that is a failure.
+func cannot(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
+// needTUN ends the test where TUN devices cannot be made: root of a user
+// namespace may be kept from the device node.
+func needTUN(t *testing.T) {
+	t.Helper()
+	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		cannot(t, "TUN devices cannot be made here: %v", err)
+	}
+	f.Close()
 }

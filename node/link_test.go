@@ -21,6 +21,7 @@ import (
 // testLink is a TUN device in a namespace of its own.
 func testLink(t *testing.T) (*overlayLink, *netlink.Handle, *tun.Device) {
 	t.Helper()
+	needTUN(t)
 	l := lan(t, netns.LANConfig{Nodes: 1})
 	nl, err := l.Nodes[0].Netlink()
 	if err != nil {

@@ -233,9 +233,12 @@ func TestFailedStartsLeaveNothing(t *testing.T) {
 			}
 			return func() { c.Close() }
 		}},
-		{"second engine on the port", "UDP port 8472 is in use by another engine (pid ", nil, func() func() {
+		{"second engine on the port", "UDP port 8472 of 192.0.2.11 is in use by another engine (pid ", nil, func() func() {
 			var k *nsLock
-			err := ns.Do(func() (err error) { k, err = lockNamespace("udp/8472", "UDP port 8472"); return err })
+			err := ns.Do(func() (err error) {
+				k, err = lockNamespace("udp/192.0.2.11:8472", "UDP port 8472 of 192.0.2.11")
+				return err
+			})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -78,7 +78,7 @@ func needs(t *testing.T, programs ...string) {
 	t.Helper()
 	for _, p := range programs {
 		if _, err := exec.LookPath(p); err != nil {
-			t.Skipf("%s is not installed: traffic rules cannot be tried here", p)
+			cannot(t, "%s is not installed: traffic rules cannot be tried here", p)
 		}
 	}
 }
