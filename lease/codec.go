@@ -189,13 +189,15 @@ func checkAttrs(a Attrs) error {
 	return nil
 }
 
-// checkPublicIP refuses addresses no node can be reached at.
+// checkPublicIP refuses addresses no node can be reached at. Nodes inside one
+// program have loopback addresses, 127.0.0.1 excepted, which a broken
+// configuration has; whoever uses a lease refuses those of other hosts.
 func checkPublicIP(a netip.Addr) error {
 	if !a.Is4() {
 		return fmt.Errorf("PublicIP %s is not an IPv4 address", a)
 	}
 	switch b := a.As4(); {
-	case b[0] == 0, a.IsLoopback(), a.IsMulticast(), b == [4]byte{255, 255, 255, 255}:
+	case b[0] == 0, b == [4]byte{127, 0, 0, 1}, a.IsMulticast(), b == [4]byte{255, 255, 255, 255}:
 		return fmt.Errorf("PublicIP %s is not the address of another host", a)
 	}
 	return nil

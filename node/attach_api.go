@@ -160,3 +160,11 @@ func (c *Client) Attachments(ctx context.Context) (AttachmentsAnswer, error) {
 	var a AttachmentsAnswer
 	return a, c.get(ctx, "/v1/attachments", &a)
 }
+
+// Peers is the number of other nodes packets can be sent to now.
+func (n *Node) Peers() int {
+	if t := n.view.Load().table; t != nil {
+		return len(t.peers)
+	}
+	return 0
+}

@@ -118,6 +118,8 @@ func (c *converter) peer(l lease.Lease) (p table.Peer, why string) {
 		return p, fmt.Sprintf("backend %q is neither udp nor vxlan", l.BackendType)
 	case l.PublicIP == c.publicIP:
 		return p, "it has our own public IP " + c.publicIP.String()
+	case l.PublicIP.IsLoopback() && !c.publicIP.IsLoopback():
+		return p, fmt.Sprintf("its address %s is of its own host only", l.PublicIP)
 	case c.own.IsValid() && c.own.Overlaps(l.Subnet):
 		return p, "it overlaps our own subnet " + c.own.String()
 	}

@@ -1,0 +1,291 @@
+// Package netstack is an address of the overlay inside a program: a TCP/IP
+// stack in user space, connected to an engine, with the functions of package
+// net. It needs no interface, no namespace and no privilege. It carries TCP, UDP
+// and echo requests over IPv4.
+//
+// The stack is golang.zx2c4.com/wireguard/tun/netstack, which is gVisor's. It
+// takes one packet at a time, so it is the slowest way into the overlay and the
+// one that works everywhere.
+package netstack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	wgtun "golang.zx2c4.com/wireguard/tun"
+	wgnet "golang.zx2c4.com/wireguard/tun/netstack"
+
+	"tweed/node"
+)
+
+const (
+	// headerLen is struct virtio_net_hdr, before every packet to and from the
+	// engine.
+	headerLen = 10
+	// maxPacket is the longest IPv4 packet, in bytes.
+	maxPacket = 65535
+	// acceptTime bounds how long the engine takes to connect once it was asked.
+	acceptTime = 5 * time.Second
+	// retryTime is the time between attempts to attach again.
+	retryTime = 500 * time.Millisecond
+	// socketBuffer is asked for, in bytes; net.core.wmem_max is granted.
+	socketBuffer = 4 << 20
+)
+
+// Engine attaches a program: a *node.Node in this process, or a *node.Client of
+// one in another.
+type Engine interface {
+	Attach(context.Context, node.AttachRequest) (node.AttachmentStatus, error)
+}
+
+// Config says what to attach to, and as what.
+type Config struct {
+	Engine Engine
+	// Name is the attachment's name, default netstack.
+	Name string
+	// Addr asks for one address of the engine's subnet.
+	Addr netip.Addr
+	// Lost, unless nil, is called whenever the engine has gone, and with nil when
+	// it is back. It is called from one goroutine.
+	Lost func(error)
+}
+
+// Net is an address of the overlay. Its methods are safe for concurrent use.
+type Net struct {
+	cfg     Config
+	status  node.AttachmentStatus
+	dev     wgtun.Device
+	net     *wgnet.Net
+	conn    atomic.Pointer[net.UnixConn]
+	ctx     context.Context
+	end     context.CancelCauseFunc
+	pumps   sync.WaitGroup
+	closing sync.Once
+}
+
+// New attaches to the engine. When the engine is started again later, the Net
+// attaches to it anew with the same address, and open connections go on.
+func New(ctx context.Context, c Config) (*Net, error) {
+	n := &Net{cfg: c}
+	conn, status, err := n.attach(ctx, c.Addr)
+	if err != nil {
+		return nil, err
+	}
+	n.status = status
+	n.dev, n.net, err = wgnet.CreateNetTUN([]netip.Addr{status.Addr}, nil, status.MTU)
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("netstack: %w", err)
+	}
+	n.conn.Store(conn)
+	n.ctx, n.end = context.WithCancelCause(context.Background())
+	n.pumps.Go(n.out)
+	n.pumps.Go(func() { n.in(conn) })
+	return n, nil
+}
+
+// attach listens on a socket of its own and has the engine connect to it.
+func (n *Net) attach(ctx context.Context, addr netip.Addr) (*net.UnixConn, node.AttachmentStatus, error) {
+	var status node.AttachmentStatus
+	dir, err := os.MkdirTemp("", "tweed-")
+	if err != nil {
+		return nil, status, fmt.Errorf("netstack: %w", err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "packets")
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Net: "unixpacket", Name: path})
+	if err != nil {
+		return nil, status, fmt.Errorf("netstack: %w", err)
+	}
+	defer l.Close()
+	status, err = n.cfg.Engine.Attach(ctx, node.AttachRequest{Socket: path, Name: n.cfg.Name, Addr: addr})
+	if err != nil {
+		return nil, status, err
+	}
+	if err := l.SetDeadline(time.Now().Add(acceptTime)); err != nil {
+		return nil, status, fmt.Errorf("netstack: %w", err)
+	}
+	conn, err := l.AcceptUnix()
+	if err != nil {
+		return nil, status, fmt.Errorf("netstack: the engine did not connect: %w", err)
+	}
+	_ = conn.SetWriteBuffer(socketBuffer)
+	_ = conn.SetReadBuffer(socketBuffer)
+	return conn, status, nil
+}
+
+// out carries packets from the stack to the engine. While there is no engine
+// they are lost, as on a link that is down.
+func (n *Net) out() {
+	buf := make([]byte, headerLen+maxPacket)
+	bufs, sizes := [][]byte{buf}, make([]int, 1)
+	for {
+		if _, err := n.dev.Read(bufs, sizes, headerLen); err != nil {
+			return // closed
+		}
+		if c := n.conn.Load(); c != nil && sizes[0] > 0 {
+			_, _ = c.Write(buf[:headerLen+sizes[0]]) // in notices a dead engine
+		}
+	}
+}
+
+// in carries packets from the engine to the stack, and attaches again when the
+// engine has gone.
+func (n *Net) in(conn *net.UnixConn) {
+	buf := make([]byte, headerLen+maxPacket)
+	bufs := [][]byte{nil}
+	for {
+		size, err := conn.Read(buf)
+		if err == nil && size > headerLen {
+			bufs[0] = buf[:size]
+			_, _ = n.dev.Write(bufs, headerLen) // not IPv4: nothing for us
+			continue
+		}
+		if err == nil && size > 0 {
+			continue
+		}
+		conn.Close()
+		n.conn.Store(nil)
+		if n.ctx.Err() != nil {
+			return
+		}
+		if conn = n.reattach(); conn == nil {
+			return
+		}
+		n.conn.Store(conn)
+		if n.ctx.Err() != nil {
+			conn.Close()
+			return
+		}
+	}
+}
+
+var errEngineGone = errors.New("netstack: the engine has ended, or has detached us")
+
+// reattach tries until it succeeds or the Net is closed.
+func (n *Net) reattach() *net.UnixConn {
+	n.lost(errEngineGone)
+	for {
+		conn, status, err := n.attach(n.ctx, n.status.Addr)
+		if err == nil && status.MTU != n.status.MTU {
+			// The stack's MTU is fixed; a smaller one would lose packets.
+			conn.Close()
+			err = fmt.Errorf("netstack: the overlay's MTU is %d now, and was %d", status.MTU, n.status.MTU)
+		}
+		if err == nil {
+			n.lost(nil)
+			return conn
+		}
+		select {
+		case <-n.ctx.Done():
+			return nil
+		case <-time.After(retryTime):
+		}
+	}
+}
+
+func (n *Net) lost(err error) {
+	if n.cfg.Lost != nil {
+		n.cfg.Lost(err)
+	}
+}
+
+// Close gives the address back and ends all connections. Closing twice does
+// nothing.
+func (n *Net) Close() error {
+	var err error
+	n.closing.Do(func() {
+		n.end(net.ErrClosed)
+		if c := n.conn.Load(); c != nil {
+			c.Close()
+		}
+		err = n.dev.Close()
+		n.pumps.Wait()
+	})
+	return err
+}
+
+// Addr is the program's address in the overlay.
+func (n *Net) Addr() netip.Addr { return n.status.Addr }
+
+// Network is what can be reached: the overlay's network.
+func (n *Net) Network() netip.Prefix { return n.status.Network }
+
+// MTU is the largest packet, in bytes.
+func (n *Net) MTU() int { return n.status.MTU }
+
+// Name is the attachment's name.
+func (n *Net) Name() string { return n.status.Name }
+
+// Dial connects to an address of the overlay, a literal IPv4 address and port.
+// network is tcp, tcp4, udp or udp4.
+func (n *Net) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	ap, err := n.parse(network, address)
+	if err != nil {
+		return nil, err
+	}
+	if network[0] == 'u' {
+		return n.net.DialUDPAddrPort(netip.AddrPort{}, ap)
+	}
+	return n.net.DialContextTCPAddrPort(ctx, ap)
+}
+
+// Listen accepts TCP connections on a port of our address; address is ":80", or
+// has our own address in front. Port 0 chooses one.
+func (n *Net) Listen(network, address string) (net.Listener, error) {
+	ap, err := n.parse(network, address)
+	if err != nil {
+		return nil, err
+	}
+	if network[0] != 't' {
+		return nil, &net.OpError{Op: "listen", Net: network, Err: net.UnknownNetworkError(network)}
+	}
+	return n.net.ListenTCPAddrPort(ap)
+}
+
+// ListenPacket receives UDP datagrams on a port of our address.
+func (n *Net) ListenPacket(network, address string) (net.PacketConn, error) {
+	ap, err := n.parse(network, address)
+	if err != nil {
+		return nil, err
+	}
+	if network[0] != 'u' {
+		return nil, &net.OpError{Op: "listen", Net: network, Err: net.UnknownNetworkError(network)}
+	}
+	return n.net.ListenUDPAddrPort(ap)
+}
+
+// parse reads "IP:PORT"; no IP means our own.
+func (n *Net) parse(network, address string) (netip.AddrPort, error) {
+	fail := func(err error) (netip.AddrPort, error) {
+		return netip.AddrPort{}, &net.OpError{Op: "dial", Net: network, Err: fmt.Errorf("%s: %w", address, err)}
+	}
+	if !slices.Contains([]string{"tcp", "tcp4", "udp", "udp4"}, network) {
+		return fail(net.UnknownNetworkError(network))
+	}
+	host, service, err := net.SplitHostPort(address)
+	if err != nil {
+		return fail(err)
+	}
+	port, err := strconv.ParseUint(service, 10, 16)
+	if err != nil {
+		return fail(errors.New("expected a port from 0 to 65535"))
+	}
+	ip := n.status.Addr
+	if host != "" && host != "0.0.0.0" {
+		if ip, err = netip.ParseAddr(host); err != nil || !ip.Is4() {
+			return fail(errors.New("expected an IPv4 address: the overlay has no names"))
+		}
+	}
+	return netip.AddrPortFrom(ip, uint16(port)), nil
+}
