@@ -21,6 +21,9 @@ const (
 	// MaxSessions bounds the captures at one time.
 	MaxSessions = 64
 
+	// Nice is the niceness of the threads that move captured packets.
+	Nice = 19
+
 	// ringBytes is the size of a worker's ring.
 	ringBytes = 8 << 20
 	// bufferBytes is the size of a session's buffer, buffersBytes that of all
@@ -50,7 +53,8 @@ type Config struct {
 	Filters []*filter.Program
 }
 
-// Hub runs the captures of one engine. It is safe for concurrent use.
+// Hub runs the captures of one engine. The zero value has no engine yet. It is
+// safe for concurrent use.
 type Hub struct {
 	mu       sync.Mutex
 	source   Tapped
@@ -61,9 +65,6 @@ type Hub struct {
 	heads    []tap.Record // of each ring of set, when full says so
 	full     []bool
 }
-
-// NewHub returns a Hub without an engine.
-func NewHub() *Hub { return &Hub{sessions: make(map[*Session]struct{})} }
 
 // SetSource makes t the engine to capture from; nil while there is none. When
 // it returns, the hub has let go of the one before.
@@ -98,6 +99,9 @@ func (h *Hub) Start(c Config) (*Session, error) {
 	}
 	s := newSession(h, c)
 	h.uninstall()
+	if h.sessions == nil {
+		h.sessions = make(map[*Session]struct{})
+	}
 	h.sessions[s] = struct{}{}
 	if err := h.install(); err != nil {
 		delete(h.sessions, s)
@@ -167,7 +171,7 @@ func (h *Hub) run() {
 	// The thread is not unlocked, so it ends with the goroutine and takes its
 	// priority along. Capturing must not take time from forwarding.
 	runtime.LockOSThread()
-	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, 19)
+	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, Nice)
 	for {
 		h.mu.Lock()
 		if len(h.sessions) == 0 {

@@ -130,7 +130,7 @@ func compile(t testing.TB, text string) *filter.Program {
 }
 
 func TestSessionsGetWhatTheyAskedFor(t *testing.T) {
-	src, h := &source{}, NewHub()
+	src, h := &source{}, &Hub{}
 	h.SetSource(src)
 	inner := start(t, h, Config{Points: tap.Of(tap.TunIn, tap.TunOut), Snap: 30})
 	all := start(t, h, Config{Points: tap.AllPoints})
@@ -174,7 +174,7 @@ func TestSessionsGetWhatTheyAskedFor(t *testing.T) {
 }
 
 func TestASlowReaderLosesIntoACounter(t *testing.T) {
-	src, h := &source{}, NewHub()
+	src, h := &source{}, &Hub{}
 	h.SetSource(src)
 	s := start(t, h, Config{Points: tap.Of(tap.TunIn)})
 	data := make([]byte, 60000)
@@ -206,7 +206,7 @@ func TestASlowReaderLosesIntoACounter(t *testing.T) {
 // TestSessionsComeAndGoUnderLoad attaches and detaches 1000 times while two
 // workers carry packets. A session that stays has to account for all of them.
 func TestSessionsComeAndGoUnderLoad(t *testing.T) {
-	src, h := &source{}, NewHub()
+	src, h := &source{}, &Hub{}
 	h.SetSource(src)
 	stay := start(t, h, Config{Points: tap.AllPoints, Snap: 64})
 	stop := make(chan struct{})
@@ -284,7 +284,7 @@ func countStream(s *Session) Counts {
 }
 
 func TestStartRefuses(t *testing.T) {
-	h := NewHub()
+	h := &Hub{}
 	if _, err := h.Start(Config{}); err == nil {
 		t.Error("no points: no error")
 	}
@@ -301,7 +301,7 @@ func TestStartRefuses(t *testing.T) {
 }
 
 func TestNextEndsWithTheContext(t *testing.T) {
-	h := NewHub()
+	h := &Hub{}
 	s := start(t, h, Config{Points: tap.AllPoints})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -338,7 +338,7 @@ func TestReaderRefusesWhatIsNoStream(t *testing.T) {
 }
 
 func BenchmarkSession(b *testing.B) {
-	src, h := &source{}, NewHub()
+	src, h := &source{}, &Hub{}
 	h.SetSource(src)
 	for _, text := range []string{"", "tcp port 80"} {
 		b.Run(fmt.Sprintf("filter=%q", text), func(b *testing.B) {

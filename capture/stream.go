@@ -30,20 +30,26 @@ const (
 
 // Hello says whose stream it is.
 type Hello struct {
-	Stream   int    `json:"stream"`
-	ID       string `json:"id"` // of the session, to end it by
-	Version  string `json:"version"`
-	Node     string `json:"node"`
-	NodeID   string `json:"node_id"`
-	Device   string `json:"device"`
-	Framing  string `json:"framing"`
-	Subnet   string `json:"subnet"`
-	MTU      int    `json:"mtu"`
-	VNI      uint32 `json:"vni,omitempty"`
-	UDPPort  uint16 `json:"udp_port"`
-	VXLANDst uint16 `json:"vxlan_port"`
-	Snap     int    `json:"snap"`
-	Filter   string `json:"filter,omitempty"`
+	Stream  int    `json:"stream"`
+	ID      string `json:"id"` // of the session, to end it by
+	Version string `json:"version"`
+	Node    string `json:"node"`
+	NodeID  string `json:"node_id"`
+	// Address is the node's underlay address.
+	Address string `json:"address,omitempty"`
+	// Device is the TUN device; empty when only containers are attached.
+	Device string `json:"device,omitempty"`
+	// Framing, Subnet, MTU (bytes) and VNI are missing while the node waits for
+	// them.
+	Framing string `json:"framing,omitempty"`
+	Subnet  string `json:"subnet,omitempty"`
+	MTU     int    `json:"mtu,omitempty"`
+	VNI     uint32 `json:"vni,omitempty"`
+	// Ports are the framings by UDP port.
+	Ports  map[uint16]string `json:"ports"`
+	Points []string          `json:"points"`
+	Snap   int               `json:"snap"`
+	Filter string            `json:"filter,omitempty"`
 	// Peers are the names of underlay addresses.
 	Peers map[string]string `json:"peers,omitempty"`
 }

@@ -100,6 +100,7 @@ func (n *Node) apiHandler() http.Handler {
 		answer(w, n.route(ip.Unmap()))
 	})
 	n.attachHandlers(mux)
+	n.captureHandlers(mux)
 	mux.Handle("GET /metrics", n.metricsHandler())
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusNotFound, fmt.Sprintf("%s %s: this engine (version %s) has no such call", r.Method, r.URL.Path, n.cfg.Version))

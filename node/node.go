@@ -79,6 +79,7 @@ type Node struct {
 	view      atomic.Pointer[view]
 	data      dataPlane
 	attached  atomic.Pointer[attachments]
+	captures  captures
 }
 
 // New validates cfg and fills in the defaults. Its errors are errors of usage:

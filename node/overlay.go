@@ -127,6 +127,7 @@ func (r *runner) openEngine(o overlay) error {
 	}
 	r.eng, r.overlay, r.started, r.applied = eng, o, false, nil
 	r.data.replace(eng)
+	r.captures.hub.SetSource(eng)
 	return nil
 }
 
@@ -136,6 +137,7 @@ func (r *runner) closeData() {
 	if r.att != nil {
 		r.att.forget()
 	}
+	r.captures.hub.SetSource(nil)
 	if eng := r.data.replace(nil); eng != nil {
 		if err := eng.Close(); err != nil {
 			r.log.Warn("close engine", "err", err)

@@ -310,6 +310,7 @@ func (r *runner) serve() error {
 	}
 	r.publish()
 	r.serveHTTP(r.apiServer(), api)
+	r.undo(r.captures.end)
 	r.saver = newSaver(r.paths.stateDir, r.log)
 	r.undo(r.saver.close)
 	r.att = newAttachments(r.paths.stateDir, r.log)
