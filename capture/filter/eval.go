@@ -33,7 +33,7 @@ type Meta struct {
 	// Len is the length of the packet in bytes where Match sees only its head;
 	// 0 means the length of the slice.
 	Len int
-	// Peer is the underlay address of the other node.
+	// Peer is the underlay address of the other node, IPv4 not mapped into IPv6.
 	Peer netip.Addr
 	// VNI is the VXLAN network identifier; it counts only with Tagged.
 	VNI    uint32

@@ -45,7 +45,8 @@ func TestErrorsPointAtTheMistake(t *testing.T) {
 		want     string // part of the message with its hint
 	}{
 		{"tpc port 80", "tpc", 1, `did you mean "tcp"?`},
-		{"tcp prot 80", "prot", 5, `follows a complete primitive`},
+		{"tcp prot 80", "prot", 5, `did you mean "port"?`},
+		{"tcp xyzzy", "xyzzy", 5, `follows a complete primitive`},
 		{"tcp and prot 80", "prot", 9, `did you mean "port"?`},
 		{"port htttp", "htttp", 6, `did you mean "http"?`},
 		{"tcp udp", "udp", 5, `join with "and" or "or"`},

@@ -457,5 +457,8 @@ func (p *parser) errAfterOperand(t token) *Error {
 		}
 		return p.errAt(t, hint, "unexpected %s", t.describe())
 	}
+	if hint := didYouMean(t.text, sortedKeys(keywords)); t.kind == tokWord && hint != "" {
+		return p.errAt(t, hint, "unknown word %q", t.text)
+	}
 	return p.errAt(t, `join with "and" or "or"`, "%s follows a complete primitive", t.describe())
 }
