@@ -126,6 +126,9 @@ func (m *Manager) Acquire(ctx context.Context) (Lease, error) {
 	if m.cfg.NodeID == "" {
 		return Lease{}, errors.New("lease: acquire: node id is empty")
 	}
+	if m.cfg.TTL < time.Second {
+		return Lease{}, fmt.Errorf("lease: acquire: lease time %s is shorter than 1s: give a longer --lease-ttl", m.cfg.TTL)
+	}
 	m.mu.Lock()
 	configured, cfg := m.configured, m.state.Config
 	m.mu.Unlock()
@@ -341,15 +344,19 @@ func (m *Manager) spareLease(ctx context.Context) (int64, error) {
 }
 
 // dropSpare gives back an etcd lease that was not used. The context of the caller
-// may have ended already. Failure is not reported: the lease ends by itself.
+// may have ended already, and it must not wait long for an etcd that is away.
+// Failure is not reported: the lease ends by itself.
 func (m *Manager) dropSpare(giveBack func(context.Context, int64) error) {
 	m.mu.Lock()
 	id := m.spare
 	m.spare = 0
 	m.mu.Unlock()
-	if id != 0 {
-		giveBack(context.Background(), id)
+	if id == 0 {
+		return
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	giveBack(ctx, id)
 }
 
 // Release gives the subnet back: the key is deleted if it is still ours, and the

@@ -395,6 +395,116 @@ func TestAmbiguousWritesAreReadBack(t *testing.T) {
 	}
 }
 
+func TestKeyThatChangedSinceTheLookIsNotWritten(t *testing.T) {
+	w := newWorld(t)
+	w.config(config16)
+	m := w.node(1)
+	own, err := m.Acquire(w.ctx())
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := subnetKey(own.Subnet)
+	look, err := m.reg.get(w.ctx(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rev := w.put(name, `{"PublicIP":"192.0.2.2","Tweed":{"NodeID":"id-2","Name":"node-2"}}`, clientv3.WithLease(clientv3.LeaseID(own.LeaseID)))
+	if _, err := m.adopt(w.ctx(), *look, value("192.0.2.1")); !errors.Is(err, errRaced) {
+		t.Errorf("adopt: got %v", err)
+	}
+	m.removeObsolete(w.ctx(), []keyValue{*look})
+	look.leaseID, look.value = 0, value("192.0.2.1")
+	if err := m.changed(w.ctx(), own, m.ownValue, *look); !errors.Is(err, errRaced) {
+		t.Errorf("changed: got %v", err)
+	}
+	if kv := w.get(name); kv == nil || kv.ModRevision != rev {
+		t.Errorf("written: %v", kv)
+	}
+}
+
+func TestChoosePrefersOwnLeasesInOrder(t *testing.T) {
+	cfg := genericConfig(t)
+	me := claimant{nodeID: "me", nodeName: "me", publicIP: testIP(1)}
+	entry := func(n int, ip, id string, rev int64) keyValue {
+		return keyValue{
+			name:   fmt.Sprintf("10.77.%d.0-24", n),
+			value:  fmt.Appendf(nil, `{"PublicIP":%q,"Tweed":{"NodeID":%q}}`, ip, id),
+			create: rev, mod: rev, leaseID: rev,
+		}
+	}
+	const ours, theirs = "192.0.2.1", "192.0.2.2"
+	for _, tc := range []struct {
+		name     string
+		list     []keyValue
+		takeOver bool
+		want     string // subnet, "new", or "refused"
+		obsolete int
+	}{
+		{name: "nobody", want: "new"},
+		{name: "others", list: []keyValue{entry(1, theirs, "you", 1), entry(2, theirs, "", 2)}, want: "new"},
+		{name: "our id at another address", list: []keyValue{entry(1, theirs, "me", 1)}, want: "10.77.1.0/24"},
+		{name: "our address without an id", list: []keyValue{entry(1, ours, "", 1), entry(2, ours, "", 2)}, want: "10.77.1.0/24", obsolete: 1},
+		{name: "our id before our address", list: []keyValue{entry(1, ours, "", 1), entry(2, theirs, "me", 2)}, want: "10.77.2.0/24", obsolete: 1},
+		{name: "stranger", list: []keyValue{entry(1, ours, "you", 1)}, want: "refused"},
+		{name: "stranger, taken over", list: []keyValue{entry(1, ours, "you", 1)}, takeOver: true, want: "10.77.1.0/24"},
+		{name: "stranger who came first", list: []keyValue{entry(1, ours, "you", 1), entry(2, ours, "me", 2)}, want: "refused"},
+		{name: "stranger who came later", list: []keyValue{entry(1, ours, "you", 2), entry(2, ours, "me", 1)}, want: "10.77.2.0/24"},
+		{name: "two of ours, taken over", list: []keyValue{entry(1, ours, "you", 1), entry(2, ours, "me", 2)}, takeOver: true, want: "10.77.2.0/24", obsolete: 1},
+		{name: "ours does not fit", list: []keyValue{{name: "10.77.1.0-25", value: []byte(`{"PublicIP":"192.0.2.1"}`), leaseID: 1}}, want: "new", obsolete: 1},
+		{name: "a reservation that does not fit is not ours to delete",
+			list: []keyValue{{name: "10.77.1.0-25", value: []byte(`{"PublicIP":"192.0.2.1"}`)}}, want: "new"},
+		{name: "broken values are taken", list: []keyValue{{name: "10.77.2.0-24", value: []byte("{")}}, want: "new"},
+	} {
+		me.takeOver = tc.takeOver
+		c, err := choose(cfg, tc.list, me, func(n int) int { return 0 })
+		got := c.subnet.String()
+		switch {
+		case errors.Is(err, ErrPublicIPTaken):
+			got = "refused"
+		case err != nil:
+			got = err.Error()
+		case c.now == nil:
+			got = "new"
+			for _, kv := range tc.list {
+				if p, _ := parseSubnetKey(kv.name); p.Overlaps(c.subnet) {
+					t.Errorf("%s: the new subnet %s is taken", tc.name, c.subnet)
+				}
+			}
+		}
+		if got != tc.want || len(c.obsolete) != tc.obsolete {
+			t.Errorf("%s: got %s with %d obsolete, want %s with %d", tc.name, got, len(c.obsolete), tc.want, tc.obsolete)
+		}
+	}
+}
+
+func TestAcquireRefusesWhatItCannotWrite(t *testing.T) {
+	w := newWorld(t)
+	w.config(config16)
+	for _, tc := range []struct {
+		change func(*ManagerConfig)
+		want   string
+	}{
+		{func(c *ManagerConfig) { c.NodeID = "" }, "node id is empty"},
+		{func(c *ManagerConfig) { c.NodeID = "a\nb" }, "node id"},
+		{func(c *ManagerConfig) { c.TTL = time.Millisecond }, "--lease-ttl"},
+		{func(c *ManagerConfig) { c.PublicIP = netip.MustParseAddr("127.0.0.1") }, "PublicIP 127.0.0.1"},
+		{func(c *ManagerConfig) {
+			c.Attrs = func(NetworkConfig) Attrs { return Attrs{BackendType: BackendVXLAN} }
+		}, "VtepMAC"},
+	} {
+		if _, err := w.node(1, tc.change).Acquire(w.ctx()); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("got %v, want %s", err, tc.want)
+		}
+	}
+	own, err := w.node(1, func(c *ManagerConfig) { c.NodeName = "n\x1bö" + strings.Repeat("x", 300) }).Acquire(w.ctx())
+	if err != nil || !strings.HasPrefix(own.NodeName, "n??x") || len(own.NodeName) != maxNodeNameLen {
+		t.Errorf("got %q, %v", own.NodeName, err)
+	}
+	if keys := w.keys(); len(keys) != 1 {
+		t.Errorf("%d keys", len(keys))
+	}
+}
+
 func TestAcquireEndsWithItsContext(t *testing.T) {
 	w := newWorldAt(t, "http://127.0.0.1:1")
 	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)

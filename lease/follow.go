@@ -145,10 +145,12 @@ type session struct {
 	created            int
 	leasesID, configID int64
 	// One anti-entropy list at a time: auditing until its result is compared;
-	// pending is the list that waits for the watch to reach its revision.
+	// pending is the list that waits for the watch to reach its revision, and
+	// doubts how often it differed from the table after that.
 	auditing bool
 	audits   chan audit
 	pending  *listing
+	doubts   int
 	wg       sync.WaitGroup
 }
 
@@ -367,26 +369,32 @@ func (s *session) audited(a audit) {
 		s.auditing = false
 		return
 	}
-	s.pending = &a.snap
+	s.pending, s.doubts = &a.snap, 0
 	s.stream.requestProgress()
 }
 
 // progressed is told by etcd that the watch delivered everything up to rev. A
-// pending comparison is made once that covers the list.
+// pending comparison is made once that covers the list. etcd before 3.5.8 may say
+// so while events are still on their way, so a difference has to last.
 func (s *session) progressed(rev int64) error {
+	const enough = 3
 	m := s.m
 	if s.pending == nil || rev < s.pending.rev {
 		return nil
 	}
-	snap := *s.pending
-	s.pending, s.auditing = nil, false
+	snap := s.pending
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	n := m.table.diff(snap.leases, snap.rev, m.deleted)
 	if snap.configRev > m.configRev {
 		n++
 	}
-	m.deleted = nil
+	if n > 0 {
+		if s.doubts++; s.doubts < enough {
+			return nil
+		}
+	}
+	s.pending, s.auditing, m.deleted = nil, false, nil
 	m.state.Counters.AntiEntropyRuns++
 	m.state.Counters.AntiEntropyDiffs += uint64(n)
 	if n > 0 {

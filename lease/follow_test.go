@@ -209,6 +209,7 @@ func TestSilentConnectionIsNoticedAndReplaced(t *testing.T) {
 	w.config(config16)
 	link := newLink(t, w.endpoint)
 	m := w.node(1, func(c *ManagerConfig) { c.Registry = w.registryAt(link.endpoint) })
+	m.reg.pingAfter = time.Hour // gRPC would notice as well, much later
 	m.timing.stall = 500 * time.Millisecond
 	r := w.run(m)
 	opened := link.count()
@@ -321,8 +322,10 @@ func TestEtcdThatLostEverythingRemovesNobodyAtOnce(t *testing.T) {
 	for i := range 20 { // history, so that the new one is older
 		w.put("10.77.2.0-24", fmt.Sprintf(`{"PublicIP":"192.0.2.%d"}`, i+2))
 	}
-	m := w.node(1)
-	m.timing.mergeHold = 4 * time.Second
+	link := newLink(t, w.endpoint)
+	server.cut = link.cut
+	m := w.node(1, func(c *ManagerConfig) { c.Registry = w.registryAt(link.endpoint) })
+	m.timing.mergeHold = 2 * time.Second
 	r := w.run(m)
 	r.until("the peer", hasPeer("10.77.2.0/24"))
 	server.dir = t.TempDir()

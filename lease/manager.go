@@ -25,7 +25,8 @@ type ManagerConfig struct {
 	NodeName string
 	// PublicIP is the underlay address peers send to.
 	PublicIP netip.Addr
-	// TTL is how long the lease outlives the last renewal; 0 means DefaultTTL.
+	// TTL is how long the lease outlives the last renewal, at least 1 s; 0 means
+	// DefaultTTL.
 	// etcd counts whole seconds and raises very short ones (to 2 s by default).
 	TTL time.Duration
 	// Previous is the subnet the node held before, invalid if it is not known.
@@ -91,9 +92,11 @@ func defaultTiming() timing {
 		stall:       4500 * time.Millisecond,
 		antiEntropy: 5 * time.Minute,
 		// The longest pause leaves time to list within 2 s of etcd's return.
-		retryMin:  100 * time.Millisecond,
-		retryMax:  time.Second,
-		renewMax:  time.Minute,
+		retryMin: 100 * time.Millisecond,
+		retryMax: time.Second,
+		// With a password each renewal costs etcd a password check, some 100 ms of
+		// its CPU.
+		renewMax:  10 * time.Minute,
 		mergeHold: time.Minute,
 	}
 }

@@ -28,6 +28,10 @@ const (
 	readTimeout  = 2 * time.Second
 	writeTimeout = 3 * time.Second
 
+	// pingAfter is the second line behind the watch's own deadline; grpc-go raises
+	// anything below 10 s, and etcd refuses pings of idle connections.
+	pingAfter = 10 * time.Second
+
 	// pageSize is the number of keys asked for at once.
 	pageSize = 1000
 
@@ -67,6 +71,10 @@ type Registry struct {
 	probe  prober
 	config string // key of the network configuration
 	leases string // prefix of the leases, with a trailing slash
+
+	// Deadlines of one call, and the silence after which gRPC pings; tests change
+	// them.
+	readTimeout, writeTimeout, pingAfter time.Duration
 
 	// dial is held while a client is made, which may take DialTimeout.
 	dial chan struct{}
@@ -108,6 +116,10 @@ func Open(cfg EtcdConfig) (*Registry, error) {
 		config: configKey(cfg.Prefix),
 		leases: subnetsPrefix(cfg.Prefix),
 		dial:   make(chan struct{}, 1),
+
+		readTimeout:  readTimeout,
+		writeTimeout: writeTimeout,
+		pingAfter:    pingAfter,
 	}, nil
 }
 
@@ -184,14 +196,12 @@ func (r *Registry) newClient() (*clientv3.Client, error) {
 		return nil, err
 	}
 	return clientv3.New(clientv3.Config{
-		Endpoints:   r.cfg.Endpoints,
-		TLS:         tlsConfig,
-		Username:    r.cfg.Username,
-		Password:    r.cfg.Password,
-		DialTimeout: r.cfg.DialTimeout,
-		// Second line behind the watch's own deadline; grpc-go raises anything
-		// below 10 s, and etcd refuses pings of idle connections.
-		DialKeepAliveTime:    10 * time.Second,
+		Endpoints:            r.cfg.Endpoints,
+		TLS:                  tlsConfig,
+		Username:             r.cfg.Username,
+		Password:             r.cfg.Password,
+		DialTimeout:          r.cfg.DialTimeout,
+		DialKeepAliveTime:    r.pingAfter,
 		DialKeepAliveTimeout: 3 * time.Second,
 		Logger:               zap.NewNop(),
 		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
@@ -234,7 +244,7 @@ func (r *Registry) call(ctx context.Context, timeout time.Duration, do func(cont
 // an *EtcdError if etcd did not answer, ErrNoConfig if the key is missing.
 func (r *Registry) ReadNetworkConfig(ctx context.Context) (NetworkConfig, error) {
 	var resp *clientv3.GetResponse
-	err := r.call(ctx, readTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
+	err := r.call(ctx, r.readTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
 		resp, err = c.Get(ctx, r.config)
 		return err
 	})
@@ -257,7 +267,7 @@ func (r *Registry) WriteNetworkConfig(ctx context.Context, cfg NetworkConfig) er
 	if err != nil {
 		return err
 	}
-	return r.call(ctx, writeTimeout, func(ctx context.Context, c *clientv3.Client) error {
+	return r.call(ctx, r.writeTimeout, func(ctx context.Context, c *clientv3.Client) error {
 		_, err := c.Put(ctx, r.config, string(data))
 		return err
 	})
@@ -293,7 +303,7 @@ type listing struct {
 // everything or an error.
 func (r *Registry) list(ctx context.Context) (listing, error) {
 	var first *clientv3.TxnResponse
-	err := r.call(ctx, readTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
+	err := r.call(ctx, r.readTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
 		first, err = c.Txn(ctx).Then(clientv3.OpGet(r.config), r.page(r.leases, 0)).Commit()
 		return err
 	})
@@ -314,7 +324,7 @@ func (r *Registry) list(ctx context.Context) (listing, error) {
 		}
 		from := string(page.Kvs[len(page.Kvs)-1].Key) + "\x00"
 		var next *clientv3.TxnResponse
-		err := r.call(ctx, readTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
+		err := r.call(ctx, r.readTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
 			next, err = c.Txn(ctx).Then(r.page(from, snap.rev)).Commit()
 			return err
 		})
@@ -376,7 +386,7 @@ func (r *Registry) remove(ctx context.Context, f fence, name string) (outcome, e
 
 func (r *Registry) txn(ctx context.Context, f fence, name string, op clientv3.Op) (outcome, error) {
 	var resp *clientv3.TxnResponse
-	err := r.call(ctx, writeTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
+	err := r.call(ctx, r.writeTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
 		resp, err = c.Txn(ctx).If(f.cmp).Then(op).Else(clientv3.OpGet(r.leases + name)).Commit()
 		return err
 	})
@@ -393,7 +403,7 @@ func (r *Registry) txn(ctx context.Context, f fence, name string, op clientv3.Op
 // get reads one key; nil means it does not exist.
 func (r *Registry) get(ctx context.Context, name string) (*keyValue, error) {
 	var resp *clientv3.GetResponse
-	err := r.call(ctx, readTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
+	err := r.call(ctx, r.readTimeout, func(ctx context.Context, c *clientv3.Client) (err error) {
 		resp, err = c.Get(ctx, r.leases+name)
 		return err
 	})
@@ -414,7 +424,7 @@ func (r *Registry) only(kvs []*mvccpb.KeyValue) *keyValue {
 // grant makes an etcd lease.
 func (r *Registry) grant(ctx context.Context, ttl time.Duration) (int64, error) {
 	var id clientv3.LeaseID
-	err := r.call(ctx, writeTimeout, func(ctx context.Context, c *clientv3.Client) error {
+	err := r.call(ctx, r.writeTimeout, func(ctx context.Context, c *clientv3.Client) error {
 		resp, err := c.Grant(ctx, int64(math.Ceil(ttl.Seconds())))
 		if err == nil {
 			id = resp.ID
@@ -426,7 +436,7 @@ func (r *Registry) grant(ctx context.Context, ttl time.Duration) (int64, error) 
 
 // revoke ends an etcd lease; one that is gone already is no error.
 func (r *Registry) revoke(ctx context.Context, id int64) error {
-	err := r.call(ctx, writeTimeout, func(ctx context.Context, c *clientv3.Client) error {
+	err := r.call(ctx, r.writeTimeout, func(ctx context.Context, c *clientv3.Client) error {
 		_, err := c.Revoke(ctx, clientv3.LeaseID(id))
 		return err
 	})
@@ -455,7 +465,7 @@ type leaseInfo struct {
 
 func (r *Registry) leaseInfo(ctx context.Context, id int64) (leaseInfo, error) {
 	var info leaseInfo
-	err := r.call(ctx, readTimeout, func(ctx context.Context, c *clientv3.Client) error {
+	err := r.call(ctx, r.readTimeout, func(ctx context.Context, c *clientv3.Client) error {
 		resp, err := c.TimeToLive(ctx, clientv3.LeaseID(id), clientv3.WithAttachedKeys())
 		if err == nil {
 			info = leaseInfo{
@@ -475,7 +485,7 @@ func (r *Registry) leaseInfo(ctx context.Context, id int64) (leaseInfo, error) {
 // keepAlive renews an etcd lease once. errLeaseGone is the only answer that says
 // the lease is lost; any other error says nothing about it.
 func (r *Registry) keepAlive(ctx context.Context, id int64) error {
-	return r.call(ctx, readTimeout, func(ctx context.Context, c *clientv3.Client) error {
+	return r.call(ctx, r.readTimeout, func(ctx context.Context, c *clientv3.Client) error {
 		// The client's own KeepAlive hides whether a renewal was refused or only
 		// not answered, and KeepAliveOnce retries without a pause.
 		ctx, cancel := context.WithCancel(ctx)

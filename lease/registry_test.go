@@ -81,6 +81,14 @@ func TestNetworkConfigIsWrittenValidatedAndReadBack(t *testing.T) {
 	if !errors.Is(err, ErrNoConfig) || errors.Is(err, ErrV2Keys) || !strings.Contains(err.Error(), w.prefix+"/config: write one, for example: tweed network set") {
 		t.Errorf("got %v", err)
 	}
+	bare, err := Open(EtcdConfig{Endpoints: []string{w.endpoint}, Prefix: w.prefix[1:], Log: quiet})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bare.Close()
+	if _, err := bare.ReadNetworkConfig(w.ctx()); err == nil || !strings.Contains(err.Error(), "does not begin with a slash") {
+		t.Errorf("got %v", err)
+	}
 	cfg, err := ParseNetworkConfig([]byte(`{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","VNI":5}}`))
 	if err != nil {
 		t.Fatal(err)
@@ -174,7 +182,9 @@ func TestUnreachableEtcdIsExplained(t *testing.T) {
 		{"http://" + old, "etcd 2.3.8 has the v2 API only: version 3.4 or newer is needed", true},
 		{"https://" + strings.TrimPrefix(w.endpoint, "http://"), "it does not speak TLS: write http:// instead of https://", true},
 	} {
-		_, err := w.registryAt(tc.endpoint).ReadNetworkConfig(w.ctx())
+		r := w.registryAt(tc.endpoint)
+		r.readTimeout = 300 * time.Millisecond
+		_, err := r.ReadNetworkConfig(w.ctx())
 		var etcd *EtcdError
 		if !errors.As(err, &etcd) || !strings.Contains(err.Error(), tc.want) || errors.Is(err, ErrAccess) != tc.access || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: got %v, want %s", tc.endpoint, err, tc.want)
@@ -289,6 +299,9 @@ func (l *connListener) Accept() (net.Conn, error) {
 func (l *connListener) Close() error   { close(l.closed); return nil }
 func (l *connListener) Addr() net.Addr { return l.addr }
 
+// bcryptMinCost is the lowest cost etcd takes.
+const bcryptMinCost = 4
+
 // authority makes certificates.
 type authority struct {
 	t    *testing.T
@@ -377,6 +390,7 @@ func TestTLSWithACAFileAlone(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		r.readTimeout = 500 * time.Millisecond
 		t.Cleanup(func() { r.Close() })
 		return r
 	}
@@ -396,6 +410,7 @@ func TestTLSWithACAFileAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
+	r.readTimeout = 500 * time.Millisecond
 	if _, err := r.ReadNetworkConfig(t.Context()); !errors.Is(err, ErrAccess) || !strings.Contains(err.Error(), "it wants TLS: write https://") {
 		t.Errorf("plain HTTP: got %v", err)
 	}
@@ -437,6 +452,7 @@ func TestTLSClientCertificatesAndBadServerCertificates(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer r.Close()
+		r.readTimeout = time.Second
 		_, _, err = r.ListLeases(t.Context())
 		if tc.want == "" && err != nil || tc.want != "" && (!errors.Is(err, ErrAccess) || !strings.Contains(err.Error(), tc.want)) {
 			t.Errorf("%+v: got %v, want %s", tc.cfg, err, tc.want)
@@ -446,7 +462,8 @@ func TestTLSClientCertificatesAndBadServerCertificates(t *testing.T) {
 
 func TestPasswordsAndPermissions(t *testing.T) {
 	t.Parallel()
-	w := newWorldAt(t, ownEtcd(t, nil).endpoint)
+	// The check of a password is slow on purpose; as fast as possible here.
+	w := newWorldAt(t, ownEtcd(t, func(c *embed.Config) { c.BcryptCost = bcryptMinCost }).endpoint)
 	w.config(config16)
 	must := func(_ any, err error) {
 		t.Helper()
