@@ -72,7 +72,7 @@ func (s *source) batch(worker, n int, points tap.Points, data []byte) Counts {
 func drain(t testing.TB, s *Session) (Counts, []Packet) {
 	t.Helper()
 	var b []byte
-	hello, err := AppendJSON(nil, Hello{Node: "n1"})
+	hello, err := AppendHello(nil, Hello{Node: "n1"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,7 +87,7 @@ func drain(t testing.TB, s *Session) (Counts, []Packet) {
 		}
 		b = append(b, frames...)
 	}
-	if b, err = AppendJSON(b, s.Stats()); err != nil {
+	if b, err = AppendStats(b, s.Stats(), true); err != nil {
 		t.Fatal(err)
 	}
 	r, h, err := NewReader(bytes.NewReader(b))
@@ -312,7 +312,7 @@ func TestNextEndsWithTheContext(t *testing.T) {
 }
 
 func TestReaderRefusesWhatIsNoStream(t *testing.T) {
-	hello, _ := AppendJSON(nil, Hello{})
+	hello, _ := AppendHello(nil, Hello{})
 	other := bytes.Replace(hello, []byte(`"stream":1`), []byte(`"stream":9`), 1)
 	for name, b := range map[string][]byte{
 		"nothing": nil, "text": []byte("HTTP/1.1 400 Bad"), "another version": other, "no hello": appendHead(nil, kindPacket, 0),

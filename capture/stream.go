@@ -26,6 +26,7 @@ const (
 	kindHello  = 'H'
 	kindPacket = 'P'
 	kindStats  = 'S'
+	kindEnd    = 'E'
 )
 
 // Hello says whose stream it is.
@@ -94,13 +95,23 @@ func appendPacket(b []byte, p *Packet) []byte {
 	return append(b, p.Data...)
 }
 
-// AppendJSON appends a hello (Hello) or statistics (Stats) frame to b.
-func AppendJSON(b []byte, v any) ([]byte, error) {
+// AppendHello appends the frame a stream starts with.
+func AppendHello(b []byte, h Hello) ([]byte, error) {
+	h.Stream = streamVersion
+	return appendJSON(b, kindHello, h)
+}
+
+// AppendStats appends statistics, which say how far a stream has come. The
+// final ones are the last frame of a stream that is complete.
+func AppendStats(b []byte, s Stats, final bool) ([]byte, error) {
 	kind := byte(kindStats)
-	if h, ok := v.(Hello); ok {
-		h.Stream = streamVersion
-		v, kind = h, kindHello
+	if final {
+		kind = kindEnd
 	}
+	return appendJSON(b, kind, s)
+}
+
+func appendJSON(b []byte, kind byte, v any) ([]byte, error) {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return nil, fmt.Errorf("capture: %w", err)
@@ -112,10 +123,9 @@ func AppendJSON(b []byte, v any) ([]byte, error) {
 type Reader struct {
 	r    *bufio.Reader
 	body []byte
-	// Stats is the last statistics frame; the final one is the stream's last
-	// frame.
+	// Stats are the last statistics that came.
 	Stats Stats
-	// Complete says that the stream ended with its statistics.
+	// Complete says that they were the final ones.
 	Complete bool
 }
 
@@ -166,11 +176,11 @@ func (d *Reader) Next(p *Packet) error {
 		switch kind {
 		case kindPacket:
 			return d.packet(p)
-		case kindStats:
+		case kindStats, kindEnd:
 			if err := json.Unmarshal(d.body, &d.Stats); err != nil {
 				return fmt.Errorf("capture: statistics in the stream: %w", err)
 			}
-			d.Complete = true
+			d.Complete = kind == kindEnd
 		}
 	}
 }

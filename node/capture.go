@@ -55,6 +55,8 @@ const (
 	maxCaptureRequest = 256 << 10
 	// captureFarewell is how long a node that stops lets the streams end.
 	captureFarewell = time.Second
+	// captureReport is how often a stream tells its statistics, at the most.
+	captureReport = time.Second
 )
 
 // captures are the running captures by id. The zero value is ready for use.
@@ -184,9 +186,19 @@ func streamCapture(ctx context.Context, w http.ResponseWriter, s *capture.Sessio
 	_ = rc.SetWriteDeadline(time.Time{})
 	_ = rc.SetReadDeadline(time.Time{})
 	w.Header().Set("Content-Type", "application/octet-stream")
-	b, err := capture.AppendJSON(nil, hello)
-	for err == nil && b != nil {
-		if _, err = w.Write(b); err == nil {
+	b, err := capture.AppendHello(nil, hello)
+	var report []byte
+	for reported := time.Now(); err == nil && b != nil; {
+		if _, err = w.Write(b); err != nil {
+			return err
+		}
+		if now := time.Now(); now.Sub(reported) > captureReport {
+			reported = now
+			if report, err = capture.AppendStats(report[:0], s.Stats(), false); err == nil {
+				_, err = w.Write(report)
+			}
+		}
+		if err == nil {
 			err = rc.Flush()
 		}
 		if err == nil {
@@ -196,7 +208,7 @@ func streamCapture(ctx context.Context, w http.ResponseWriter, s *capture.Sessio
 	if err != nil {
 		return err
 	}
-	if b, err = capture.AppendJSON(nil, s.Stats()); err == nil {
+	if b, err = capture.AppendStats(nil, s.Stats(), true); err == nil {
 		_, err = w.Write(b)
 	}
 	return err
