@@ -155,7 +155,9 @@ func applyDefaults(c *Config) {
 		c.TUNName = DefaultTUNName
 	}
 	if c.Workers == 0 {
-		c.Workers = min(runtime.NumCPU(), defaultMaxWorkers)
+		// A worker is a thread for each direction, and the programs that make the
+		// traffic need processors too.
+		c.Workers = max(1, min(runtime.NumCPU()/2, defaultMaxWorkers))
 	}
 	if c.HealthzIP == "" {
 		c.HealthzIP = DefaultHealthzIP
