@@ -105,9 +105,9 @@ type NetworkStatus struct {
 type DeviceStatus struct {
 	// AttachOnly says that the host has no device and only attached containers
 	// are part of the overlay; Name is empty then.
-	AttachOnly bool `json:"attach_only,omitempty"`
-	Name    string     `json:"name"`
-	Address netip.Addr `json:"address,omitzero"`
+	AttachOnly bool       `json:"attach_only,omitempty"`
+	Name       string     `json:"name"`
+	Address    netip.Addr `json:"address,omitzero"`
 	// MTU is in bytes.
 	MTU int  `json:"mtu"`
 	Up  bool `json:"up"`
