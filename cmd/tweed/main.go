@@ -77,6 +77,7 @@ var commands = []func() *cobra.Command{
 	newRoutesCommand,
 	newRouteCommand,
 	newLeasesCommand,
+	newCaptureCommand,
 	newEtcdCommand,
 	newNetworkCommand,
 	newVersionCommand,
