@@ -40,17 +40,16 @@ func (m *Manager) follow(ctx context.Context) {
 			return
 		}
 		switch {
-		case errors.Is(err, errDiffers), errors.Is(err, errSettled):
-			m.log.Warn("reading all leases again", "reason", err)
+		case errors.Is(err, errDiffers), errors.Is(err, errSettled), errors.Is(err, errCompacted), errors.Is(err, errRewound):
+			// etcd is there, only the place where the watch stood is not.
+			m.log.Info("reading all leases again", "reason", err)
 			listed = false
-			continue
-		case errors.Is(err, errCompacted):
-			m.count(func(c *Counters) { c.Compactions++ })
-			listed = false
-		case errors.Is(err, errRewound):
-			listed = false
+		default:
+			m.disconnected(err)
 		}
-		m.disconnected(err)
+		if errors.Is(err, errCompacted) {
+			m.count(func(c *Counters) { c.Compactions++ })
+		}
 		// A try that waited long was paused enough.
 		if time.Since(started) > m.timing.retryMax {
 			retry.reset()

@@ -87,9 +87,10 @@ type timing struct {
 
 func defaultTiming() timing {
 	return timing{
-		// A silent connection is noticed within 5 s of its last sign of life.
+		// A silent connection is noticed within 5 s of its last sign of life, with
+		// time left for a busy machine.
 		progress:    2 * time.Second,
-		stall:       4500 * time.Millisecond,
+		stall:       4 * time.Second,
 		antiEntropy: 5 * time.Minute,
 		// The longest pause leaves time to list within 2 s of etcd's return.
 		retryMin: 100 * time.Millisecond,
