@@ -240,11 +240,17 @@ func runCapture(cmd *cobra.Command, c *client, o *captureOptions, expression str
 		return captureLive(cmd.Context(), o.wireshark, run, api, plan, stderr)
 	case o.write != "":
 		plan.out = out
-		run.open = func(h *capture.Hello) (packetSink, error) { return newCaptureFiles(plan, *h) }
+		run.open = func(h *capture.Hello) (packetSink, error) {
+			f, err := newCaptureFiles(plan, *h)
+			if err != nil {
+				return nil, err
+			}
+			return f, nil
+		}
 	}
 	stats, err := run.run(cmd.Context(), api)
 	if run.sink != nil {
-		printSummary(stderr, run.taken, &stats)
+		run.printSummary(stderr, &stats)
 		if f, ok := run.sink.(*captureFiles); ok && err == nil && o.write != "-" && run.taken > 0 {
 			fmt.Fprintln(stderr, "look at it:", viewCommand(f))
 		}

@@ -67,6 +67,7 @@ type captureFiles struct {
 	index  [tap.NumPoints]int // of a point among the file's interfaces
 
 	file    *os.File // nil for standard output
+	out     blockWriter
 	w       packetFile
 	name    string
 	opened  time.Time
@@ -75,6 +76,8 @@ type captureFiles struct {
 	slice   int    // files begun since the last turn of -G
 	kept    []string
 	written [tap.NumPoints]uint64
+	total   uint64 // in all files
+	safe    uint64 // of these, surely written
 	// stats are what the engine last said.
 	stats capture.Stats
 	start int64 // ns
@@ -96,7 +99,10 @@ func newCaptureFiles(plan filePlan, h capture.Hello) (*captureFiles, error) {
 	for i, p := range f.points {
 		f.index[p] = i
 	}
-	return f, f.open(time.Now())
+	if err := f.open(time.Now()); err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 // open begins the next file.
@@ -127,8 +133,9 @@ func (f *captureFiles) open(now time.Time) error {
 			}
 		}
 	}
+	f.out = blockWriter{w: out, file: f.file}
 	var err error
-	if f.w, err = f.begin(out); err == nil {
+	if f.w, err = f.begin(&f.out); err == nil {
 		// The head is written at once, so that a full disk or a closed pipe
 		// shows now.
 		err = f.w.Flush()
@@ -265,11 +272,16 @@ func (f *captureFiles) packet(p *capture.Packet, stats *capture.Stats) error {
 	if p.Point == tap.Drop {
 		r.Comment = dropComments[p.Reason]
 	}
+	before := f.out.size
 	if err := f.explain(f.w.WritePacket(r)); err != nil {
 		return err
 	}
 	f.written[p.Point]++
 	f.packets++
+	f.total++
+	if f.out.size != before {
+		f.safe = f.total
+	}
 	if f.plan.naming == dumpcapRing && f.full() {
 		return f.rotate(time.Now())
 	}
@@ -288,6 +300,9 @@ func (f *captureFiles) full() bool {
 
 // tick goes on to the next file when its time has come.
 func (f *captureFiles) tick(now time.Time) error {
+	if f.file == nil && pipeClosed(f.plan.out) {
+		return errClosedPipe
+	}
 	if d := f.plan.next.duration; d > 0 && now.Sub(f.opened) >= d {
 		f.slice = 0
 		return f.rotate(now)
@@ -358,7 +373,53 @@ func (f *captureFiles) flush() error {
 	if f.w == nil {
 		return nil
 	}
-	return f.explain(f.w.Flush())
+	err := f.explain(f.w.Flush())
+	if err == nil {
+		f.safe = f.total
+	}
+	return err
+}
+
+// captured is how many packets are in the files.
+func (f *captureFiles) captured() uint64 {
+	if f.out.failed {
+		return f.safe
+	}
+	return f.total
+}
+
+// blockWriter counts what it writes, which is always whole blocks, and takes
+// back what it wrote in part, so that a file on a full disk stays readable.
+type blockWriter struct {
+	w      io.Writer
+	file   *os.File // nil for a stream
+	size   int64
+	failed bool
+}
+
+func (b *blockWriter) Write(p []byte) (int, error) {
+	n, err := b.w.Write(p)
+	if err == nil {
+		b.size += int64(n)
+		return n, nil
+	}
+	b.failed = true
+	if b.file != nil {
+		_ = b.file.Truncate(b.size) // a device cannot be cut
+	}
+	return n, err
+}
+
+// pipeClosed reports whether w is a pipe that nobody reads any more, which
+// otherwise shows only when there is something to write.
+func pipeClosed(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	p := []unix.PollFd{{Fd: int32(file.Fd())}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n == 1 && p[0].Revents&unix.POLLERR != 0
 }
 
 // errClosedPipe says that nobody reads what is written any more.
@@ -373,7 +434,7 @@ func (f *captureFiles) explain(err error) error {
 		return errClosedPipe
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		return fmt.Errorf("capture: %s: the disk is full after %s; end the file earlier with -a filesize:KB or keep a few with -b filesize:KB -b files:N",
-			f.plan.path, count(f.packets, "packet"))
+			f.plan.path, count(f.safe, "packet"))
 	}
 	return fileError(err)
 }

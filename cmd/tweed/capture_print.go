@@ -20,17 +20,18 @@ import (
 
 // packetPrinter writes one line a packet.
 type packetPrinter struct {
-	w      *bufio.Writer
-	hello  *capture.Hello
-	colour bool
-	json   bool
-	peers  int // width of the column
-	loc    *time.Location
-	line   []byte
+	w       *bufio.Writer
+	hello   *capture.Hello
+	colour  bool
+	json    bool
+	peers   int // width of the column
+	loc     *time.Location
+	printed uint64
+	out     io.Writer
 }
 
 func newPacketPrinter(w io.Writer, h *capture.Hello, asJSON, colour bool) *packetPrinter {
-	p := &packetPrinter{w: bufio.NewWriterSize(w, 64<<10), hello: h, colour: colour, json: asJSON, peers: 1, loc: time.Local}
+	p := &packetPrinter{out: w, w: bufio.NewWriterSize(w, 64<<10), hello: h, colour: colour, json: asJSON, peers: 1, loc: time.Local}
 	for _, name := range h.Peers {
 		p.peers = max(p.peers, len(name))
 	}
@@ -76,6 +77,7 @@ type printedPacket struct {
 }
 
 func (p *packetPrinter) packet(c *capture.Packet, _ *capture.Stats) error {
+	p.printed++
 	peer := p.peerName(c)
 	text := decodeLine(c)
 	when := time.Unix(0, c.Time).In(p.loc)
@@ -136,9 +138,16 @@ func (p *packetPrinter) peerName(c *capture.Packet) string {
 }
 
 func (p *packetPrinter) flush() error                { return p.explain(p.w.Flush()) }
-func (p *packetPrinter) tick(time.Time) error        { return nil }
+func (p *packetPrinter) captured() uint64            { return p.printed }
 func (p *packetPrinter) size() int64                 { return 0 }
 func (p *packetPrinter) finish(*capture.Stats) error { return p.flush() }
+
+func (p *packetPrinter) tick(time.Time) error {
+	if pipeClosed(p.out) {
+		return errClosedPipe
+	}
+	return nil
+}
 
 func (p *packetPrinter) explain(err error) error {
 	f := captureFiles{plan: filePlan{path: "standard output"}}

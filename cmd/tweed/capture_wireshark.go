@@ -73,7 +73,7 @@ func captureLive(ctx context.Context, program string, run *captureRun, api *node
 		return err
 	}
 	werr := viewer.Wait()
-	printSummary(stderr, run.taken, &stats)
+	run.printSummary(stderr, &stats)
 	if errors.Is(err, errClosedPipe) {
 		err = nil // its window was closed
 	}
