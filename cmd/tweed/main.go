@@ -72,6 +72,7 @@ var commands = []func() *cobra.Command{
 	newAttachCommand,
 	newPsCommand,
 	newDetachCommand,
+	newProxyCommand,
 	newStatusCommand,
 	newPeersCommand,
 	newRoutesCommand,
