@@ -33,7 +33,7 @@ const (
 	// filterSnap is how many bytes of a packet filters see at the least.
 	filterSnap = 256
 	// idle is how long the hub sleeps when the rings are empty.
-	idle = 2 * time.Millisecond
+	idle = 5 * time.Millisecond
 	// burst is how many records the hub handles before it looks at its orders.
 	burst = 4096
 )

@@ -359,3 +359,29 @@ func BenchmarkSession(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkReader is the way of a packet out of a stream.
+func BenchmarkReader(b *testing.B) {
+	stream, err := AppendHello(nil, Hello{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	head := len(stream)
+	p := Packet{Point: tap.TunIn, Length: 1426, Data: make([]byte, 128)}
+	for range 10000 {
+		stream = appendPacket(stream, &p)
+	}
+	r, _, err := NewReader(bytes.NewReader(stream))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := r.Next(&p); err == io.EOF {
+			r.held = 0
+			r.r.Reset(bytes.NewReader(stream[head:]))
+		} else if err != nil {
+			b.Fatal(err)
+		}
+	}
+}

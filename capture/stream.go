@@ -18,7 +18,7 @@ import (
 const (
 	streamVersion = 1
 	headLen       = 4 + 1
-	packetLen     = 58
+	packetLen     = 52
 	maxFrame      = MaxSnap + 4096
 )
 
@@ -76,22 +76,17 @@ func appendPacket(b []byte, p *Packet) []byte {
 		}
 	}
 	b = appendHead(b, kindPacket, packetLen+len(p.Data))
-	b = binary.LittleEndian.AppendUint64(b, uint64(p.Time))
-	b = binary.LittleEndian.AppendUint64(b, p.ID)
-	b = binary.LittleEndian.AppendUint64(b, p.Lost)
-	b = append(b, uint8(p.Point), uint8(p.Reason), bits, p.Worker)
-	b = binary.LittleEndian.AppendUint32(b, uint32(p.Length))
-	b = binary.LittleEndian.AppendUint32(b, uint32(p.Segments))
-	b = binary.LittleEndian.AppendUint32(b, uint32(p.SegmentPayload))
-	for _, a := range [...]netip.AddrPort{p.Peer, p.Local} {
-		var ip [4]byte
-		if a.IsValid() {
-			ip = a.Addr().As4()
-		}
-		b = append(b, ip[:]...)
-		b = binary.LittleEndian.AppendUint16(b, a.Port())
-	}
-	b = append(b, 0, 0, 0, 0, 0, 0) // to a round length
+	var h [packetLen]byte
+	binary.LittleEndian.PutUint64(h[0:], uint64(p.Time))
+	binary.LittleEndian.PutUint64(h[8:], p.ID)
+	binary.LittleEndian.PutUint64(h[16:], p.Lost)
+	h[24], h[25], h[26], h[27] = uint8(p.Point), uint8(p.Reason), bits, p.Worker
+	binary.LittleEndian.PutUint32(h[28:], uint32(p.Length))
+	binary.LittleEndian.PutUint32(h[32:], uint32(p.Segments))
+	binary.LittleEndian.PutUint32(h[36:], uint32(p.SegmentPayload))
+	putAddr(h[40:], p.Peer)
+	putAddr(h[46:], p.Local)
+	b = append(b, h[:]...)
 	return append(b, p.Data...)
 }
 
@@ -122,7 +117,8 @@ func appendJSON(b []byte, kind byte, v any) ([]byte, error) {
 // Reader decodes a stream. It belongs to one goroutine.
 type Reader struct {
 	r    *bufio.Reader
-	body []byte
+	body []byte // in the buffer of r
+	held int    // bytes of it to discard
 	// Stats are the last statistics that came.
 	Stats Stats
 	// Complete says that they were the final ones.
@@ -146,23 +142,34 @@ func NewReader(r io.Reader) (*Reader, Hello, error) {
 	return d, h, nil
 }
 
+// frame makes d.body the body of the next frame, in the buffer of d.r.
 func (d *Reader) frame() (byte, error) {
-	var head [headLen]byte
-	if _, err := io.ReadFull(d.r, head[:]); err != nil {
+	if _, err := d.r.Discard(d.held); err != nil {
 		return 0, err
 	}
-	n := binary.LittleEndian.Uint32(head[:])
+	d.held = 0
+	head, err := d.r.Peek(headLen)
+	if err != nil {
+		return 0, cutShort(err, len(head))
+	}
+	n, kind := binary.LittleEndian.Uint32(head), head[4]
 	if n > maxFrame {
 		return 0, fmt.Errorf("capture: a frame of %d bytes in the stream", n)
 	}
-	if cap(d.body) < int(n) {
-		d.body = make([]byte, n)
+	whole, err := d.r.Peek(headLen + int(n))
+	if err != nil {
+		return 0, cutShort(err, len(whole))
 	}
-	d.body = d.body[:n]
-	if _, err := io.ReadFull(d.r, d.body); err != nil {
-		return 0, err
+	d.held, d.body = len(whole), whole[headLen:]
+	return kind, nil
+}
+
+// cutShort tells the end of a stream between frames from one inside a frame.
+func cutShort(err error, have int) error {
+	if err == io.EOF && have > 0 {
+		return io.ErrUnexpectedEOF
 	}
-	return head[4], nil
+	return err
 }
 
 // Next decodes the next packet into p, whose Data is borrowed until the next
@@ -185,9 +192,6 @@ func (d *Reader) Next(p *Packet) error {
 	}
 }
 
-// Buffered reports whether another packet can be had without waiting.
-func (d *Reader) Buffered() bool { return d.r.Buffered() > headLen }
-
 func (d *Reader) packet(p *Packet) error {
 	b := d.body
 	if len(b) < packetLen {
@@ -204,6 +208,14 @@ func (d *Reader) packet(p *Packet) error {
 		Data: b[packetLen:],
 	}
 	return nil
+}
+
+func putAddr(b []byte, a netip.AddrPort) {
+	if a.IsValid() {
+		ip := a.Addr().As4()
+		copy(b, ip[:])
+		binary.LittleEndian.PutUint16(b[4:], a.Port())
+	}
 }
 
 func readAddr(b []byte) netip.AddrPort {

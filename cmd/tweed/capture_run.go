@@ -21,7 +21,7 @@ import (
 const (
 	// captureNice is how much this process steps back behind the engine.
 	captureNice = 10
-	// captureTick is how often the limits of time are looked at.
+	// captureTick is how often output is flushed and limits of time are looked at.
 	captureTick = 50 * time.Millisecond
 	// captureEnd bounds the wait for the engine to end a capture.
 	captureEnd = 10 * time.Second
@@ -31,9 +31,8 @@ const (
 type packetSink interface {
 	// packet takes a packet, and what the engine last said of its counters.
 	packet(*capture.Packet, *capture.Stats) error
-	// flush is called when no more packets are at hand.
+	// flush and tick are called every captureTick.
 	flush() error
-	// tick is called now and then.
 	tick(time.Time) error
 	// size is how much has been written, in bytes.
 	size() int64
@@ -134,9 +133,6 @@ func (c *captureRun) read(s *node.Capture, end func()) error {
 			if n := c.stop.packets; n > 0 && c.taken >= n || c.stop.filesize > 0 && c.sink.size() >= c.stop.filesize {
 				c.ended = true
 			}
-			if !s.Buffered() {
-				c.enter(c.sink.flush())
-			}
 		}
 		ended := c.ended
 		c.mu.Unlock()
@@ -180,6 +176,7 @@ func (c *captureRun) watch(end, closeNow func(), done chan struct{}) {
 			c.mu.Lock()
 			if !c.ended {
 				c.enter(c.sink.tick(now))
+				c.enter(c.sink.flush())
 			}
 			ended := c.ended
 			c.mu.Unlock()
