@@ -10,6 +10,7 @@ package netstack
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -22,10 +23,12 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
 	wgtun "golang.zx2c4.com/wireguard/tun"
 	wgnet "golang.zx2c4.com/wireguard/tun/netstack"
 
 	"tweed/node"
+	"tweed/tun"
 )
 
 const (
@@ -36,6 +39,8 @@ const (
 	maxPacket = 65535
 	// acceptTime bounds how long the engine takes to connect once it was asked.
 	acceptTime = 5 * time.Second
+	// detachTime bounds taking leave of the engine.
+	detachTime = 2 * time.Second
 	// retryTime is the time between attempts to attach again.
 	retryTime = 500 * time.Millisecond
 	// socketBuffer is asked for, in bytes; net.core.wmem_max is granted.
@@ -46,6 +51,7 @@ const (
 // one in another.
 type Engine interface {
 	Attach(context.Context, node.AttachRequest) (node.AttachmentStatus, error)
+	Detach(ctx context.Context, name string) error
 }
 
 // Config says what to attach to, and as what.
@@ -147,6 +153,7 @@ func (n *Net) in(conn *net.UnixConn) {
 	for {
 		size, err := conn.Read(buf)
 		if err == nil && size > headerLen {
+			finish(buf[:size])
 			bufs[0] = buf[:size]
 			_, _ = n.dev.Write(bufs, headerLen) // not IPv4: nothing for us
 			continue
@@ -168,6 +175,25 @@ func (n *Net) in(conn *net.UnixConn) {
 			return
 		}
 	}
+}
+
+// finish computes the transport checksum of a packet whose header says that it
+// is still missing, as between containers of tweed nodes (struct virtio_net_hdr
+// in include/uapi/linux/virtio_net.h; host byte order).
+func finish(b []byte) {
+	if b[0]&unix.VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 {
+		return
+	}
+	start, offset := int(binary.NativeEndian.Uint16(b[6:])), int(binary.NativeEndian.Uint16(b[8:]))
+	pkt := b[headerLen:]
+	if start+offset+2 > len(pkt) {
+		return // the stack will refuse it
+	}
+	sum := ^tun.Fold(tun.Sum(pkt[start:], 0))
+	if sum == 0 {
+		sum = 0xffff // for UDP 0 means none, for TCP it is the same (RFC 768)
+	}
+	binary.BigEndian.PutUint16(pkt[start+offset:], sum)
 }
 
 var errEngineGone = errors.New("netstack: the engine has ended, or has detached us")
@@ -207,6 +233,10 @@ func (n *Net) Close() error {
 	n.closing.Do(func() {
 		n.end(net.ErrClosed)
 		if c := n.conn.Load(); c != nil {
+			// Without it the engine would notice a moment later.
+			ctx, cancel := context.WithTimeout(context.Background(), detachTime)
+			_ = n.cfg.Engine.Detach(ctx, n.status.Name)
+			cancel()
 			c.Close()
 		}
 		err = n.dev.Close()

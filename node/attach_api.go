@@ -70,7 +70,7 @@ func (n *Node) Attach(ctx context.Context, r AttachRequest) (AttachmentStatus, e
 
 // Detach lets go of an attachment and removes its interface. It fails with
 // ErrNotAttached when there is none of that name.
-func (n *Node) Detach(name string) error {
+func (n *Node) Detach(_ context.Context, name string) error {
 	a := n.attached.Load()
 	if a == nil {
 		return fmt.Errorf("%w: %s", ErrNotAttached, name)
@@ -106,7 +106,7 @@ func (n *Node) attachHandlers(mux *http.ServeMux) {
 		answer(w, AttachmentsAnswer{Schema: Schema, Attachments: []AttachmentStatus{s}})
 	}))
 	mux.HandleFunc("DELETE /v1/attachments/{name}", requireAdmin(func(w http.ResponseWriter, r *http.Request) {
-		if err := n.Detach(r.PathValue("name")); err != nil {
+		if err := n.Detach(r.Context(), r.PathValue("name")); err != nil {
 			refuse(w, attachCode(err), err.Error())
 			return
 		}
@@ -160,6 +160,9 @@ func (c *Client) Attachments(ctx context.Context) (AttachmentsAnswer, error) {
 	var a AttachmentsAnswer
 	return a, c.get(ctx, "/v1/attachments", &a)
 }
+
+// Status is everything the node knows about itself, as the API answers it.
+func (n *Node) Status() Status { return n.status() }
 
 // Peers is the number of other nodes packets can be sent to now.
 func (n *Node) Peers() int {

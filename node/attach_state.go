@@ -97,8 +97,9 @@ type AttachRequest struct {
 	// or $XDG_RUNTIME_DIR/netns.
 	Path string `json:"path,omitempty"`
 	// Socket is a SOCK_SEQPACKET unix socket to connect to, as an absolute path or
-	// @ and an abstract name. Each message is a struct virtio_net_hdr (10 bytes,
-	// all zero towards the engine) and one IPv4 packet.
+	// @ and an abstract name. Each message is a struct virtio_net_hdr (10 bytes)
+	// and one IPv4 packet. Packets to the program are single ones, but their
+	// transport checksum may be left to it (VIRTIO_NET_HDR_F_NEEDS_CSUM).
 	Socket string `json:"socket,omitempty"`
 	// Name is what the attachment is called from now on; empty means pid-PID or
 	// the last part of Path. Letters, digits, dot, minus and underscore, at most

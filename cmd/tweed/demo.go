@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tweed/attach"
+	"tweed/cmd/internal/daemon"
 	"tweed/encap"
 	"tweed/netns"
 )
@@ -47,6 +48,7 @@ func newDemoCommand() *cobra.Command {
 etcd and a node in each, and pings and transfers across the overlay. It needs
 nothing installed; without root it works in a user namespace, and where
 /dev/net/tun cannot be used each node has a container with a veth pair instead.
+Where user namespaces are forbidden the nodes are part of the program.
 Everything is removed at the end, also after an error or Ctrl-C.`,
 		Example: `  tweed demo
   tweed demo --nodes 4 --backend vxlan
@@ -62,7 +64,18 @@ Everything is removed at the end, also after an error or Ctrl-C.`,
 			}
 			want, err := attach.ParseTier(tier)
 			if err != nil {
-				return newUsageError(cmd, fmt.Errorf("--tier %q: expected auto, tun or veth", tier))
+				return newUsageError(cmd, fmt.Errorf("--tier %q: expected auto, tun, veth or netstack", tier))
+			}
+			why := "asked for with --tier netstack"
+			if want == attach.TierAuto {
+				if err := checkUserNamespace(); err != nil {
+					want, why = attach.TierNetstack, daemon.ErrorLine(err)
+				}
+			}
+			if want == attach.TierNetstack {
+				ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+				defer stop()
+				return runNetstackDemo(ctx, o, why, cmd.OutOrStdout())
 			}
 			return inDemoNamespace(cmd, func(ctx context.Context) error {
 				if o.tier, o.passed, err = chooseDemoTier(want); err != nil {
@@ -76,8 +89,8 @@ Everything is removed at the end, also after an error or Ctrl-C.`,
 	fs.IntVar(&o.nodes, "nodes", 2, "`number` of nodes, 2 to 16")
 	fs.StringVar(&backend, "backend", "both", "`framing` of the overlay: udp, vxlan or both, one beside the other")
 	fs.BoolVar(&o.keep, "keep", false, "leave it running until `tweed demo down`")
-	fs.StringVar(&tier, "tier", "auto", "force a `tier`: tun or veth (default: the best that works)")
-	completeWords(cmd, "tier", "auto", "tun", "veth")
+	fs.StringVar(&tier, "tier", "auto", "force a `tier`: tun, veth or netstack (default: the best that works)")
+	completeWords(cmd, "tier", "auto", "tun", "veth", "netstack")
 	completeWords(cmd, "backend", "udp", "vxlan", "both")
 	down := &cobra.Command{
 		Use:   "down",

@@ -30,6 +30,8 @@ func main() {
 		os.Exit(becomeCommand(os.Args[2:]))
 	case len(os.Args) == 2 && os.Args[1] == holdArg:
 		os.Exit(hold())
+	case len(os.Args) == 2 && os.Args[1] == probeArg:
+		os.Exit(probeUserNamespace())
 	}
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
 }

@@ -213,3 +213,8 @@ func (p *proxies) close() {
 func (e *engineProcess) Attach(ctx context.Context, r node.AttachRequest) (node.AttachmentStatus, error) {
 	return e.attach(ctx, r)
 }
+
+// Detach implements netstack.Engine.
+func (e *engineProcess) Detach(ctx context.Context, name string) error {
+	return e.api.Detach(ctx, name)
+}
