@@ -81,6 +81,7 @@ var commands = []func() *cobra.Command{
 	newRouteCommand,
 	newLeasesCommand,
 	newCaptureCommand,
+	newExtcapCommand,
 	newEtcdCommand,
 	newNetworkCommand,
 	newVersionCommand,
