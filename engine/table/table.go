@@ -6,11 +6,11 @@
 // are safe for concurrent use and allocate nothing.
 //
 // Look-up is one array index: the bits of the address that subnets of the
-// longest prefix length in use can differ in select an entry number. Leases
-// nearly always share one prefix length inside one network, so a /16 network
-// of /24 subnets takes 256 numbers of 4 bytes. Shorter prefixes are expanded
+// longest prefix length in use can differ in select an entry. Leases nearly
+// always share one prefix length inside one network, so a /16 network of /24
+// subnets takes 256 pointers of 8 bytes. Shorter prefixes are expanded
 // when the table is built. Peers whose spread would need more than maxIndex
-// numbers are kept in a compressed trie instead.
+// slots are kept in a compressed trie instead.
 package table
 
 import (
@@ -24,7 +24,7 @@ import (
 	"tweed/encap"
 )
 
-// maxIndex bounds the direct index: 2^20 numbers are 4 MiB.
+// maxIndex bounds the direct index: 2^20 pointers are 8 MiB.
 const maxIndex = 1 << 20
 
 // Entry is a Peer with what the packet loop needs ready-made.
@@ -42,13 +42,12 @@ type Entry struct {
 
 // Table is an immutable set of peers. The zero value and nil hold no peer.
 type Table struct {
-	base    uint32 // first covered address
-	span    uint32 // number of covered index slots
-	shift   uint   // address bits below one slot
-	index   []uint32
-	entries []Entry // entries[0] is unused: number 0 means no peer
+	base    uint32   // first covered address
+	shift   uint32   // address bits below one slot, 0 to 31
+	index   []*Entry // nil means no peer
+	entries []Entry
 	addrs   map[uint32]struct{}
-	trie    *bart.Table[uint32]
+	trie    *bart.Table[*Entry]
 }
 
 // Build makes a table of the peers as seen from local. prev, which may be nil,
@@ -57,7 +56,7 @@ type Table struct {
 // peers hold the same subnet.
 func Build(local Local, peers []Peer, prev *Table) (*Table, error) {
 	t := &Table{
-		entries: make([]Entry, 1, len(peers)+1),
+		entries: make([]Entry, 0, len(peers)),
 		addrs:   make(map[uint32]struct{}, len(peers)),
 	}
 	dests := prev.dests()
@@ -98,48 +97,46 @@ func check(p Peer) error {
 
 // fill chooses the shape of the index and enters every peer.
 func (t *Table) fill() error {
-	if len(t.entries) == 1 {
+	if len(t.entries) == 0 {
 		return nil
 	}
-	order := make([]uint32, 0, len(t.entries)-1)
+	order := make([]*Entry, 0, len(t.entries))
 	lo, hi, bits := ^uint32(0), uint32(0), 0
-	for i := 1; i < len(t.entries); i++ {
+	for i := range t.entries {
 		p := t.entries[i].Subnet
 		first := addrBits(p.Addr())
 		lo, hi = min(lo, first), max(hi, first|hostMask(p.Bits()))
 		bits = max(bits, p.Bits())
-		order = append(order, uint32(i))
+		order = append(order, &t.entries[i])
 	}
 	// Shorter prefixes first, so that a longer one overwrites its part.
-	slices.SortStableFunc(order, func(a, b uint32) int {
-		return t.entries[a].Subnet.Bits() - t.entries[b].Subnet.Bits()
-	})
+	slices.SortStableFunc(order, func(a, b *Entry) int { return a.Subnet.Bits() - b.Subnet.Bits() })
 	seen := make(map[netip.Prefix]struct{}, len(order))
-	for _, n := range order {
-		p := t.entries[n].Subnet
+	for _, e := range order {
+		p := e.Subnet
 		if _, dup := seen[p]; dup {
 			return fmt.Errorf("table: subnet %v is held by two peers", p)
 		}
 		seen[p] = struct{}{}
 	}
-	shift := uint(32 - bits)
+	shift := uint32(32 - bits)
 	lo &^= hostMask(bits)
 	slots := uint64(hi>>shift) - uint64(lo>>shift) + 1
 	if slots > maxIndex {
-		t.trie = new(bart.Table[uint32])
-		for _, n := range order {
-			t.trie.Insert(t.entries[n].Subnet, n)
+		t.trie = new(bart.Table[*Entry])
+		for _, e := range order {
+			t.trie.Insert(e.Subnet, e)
 		}
 		return nil
 	}
-	t.base, t.shift, t.span = lo, shift, uint32(slots)
-	t.index = make([]uint32, slots)
-	for _, n := range order {
-		p := t.entries[n].Subnet
+	t.base, t.shift = lo, shift
+	t.index = make([]*Entry, slots)
+	for _, e := range order {
+		p := e.Subnet
 		first := (addrBits(p.Addr()) - lo) >> shift
 		last := ((addrBits(p.Addr()) | hostMask(p.Bits())) - lo) >> shift
 		for i := first; i <= last; i++ {
-			t.index[i] = n
+			t.index[i] = e
 		}
 	}
 	return nil
@@ -152,11 +149,8 @@ func (t *Table) Lookup(addr uint32) *Entry {
 		return nil
 	}
 	// An address below base wraps round and fails the same comparison.
-	if i := (addr - t.base) >> t.shift; i < t.span {
-		if n := t.index[i]; n != 0 {
-			return &t.entries[n]
-		}
-		return nil
+	if i := (addr - t.base) >> (t.shift & 31); i < uint32(len(t.index)) {
+		return t.index[i]
 	}
 	if t.trie != nil {
 		return t.lookupTrie(addr)
@@ -167,10 +161,8 @@ func (t *Table) Lookup(addr uint32) *Entry {
 func (t *Table) lookupTrie(addr uint32) *Entry {
 	var b [4]byte
 	binary.BigEndian.PutUint32(b[:], addr)
-	if n, ok := t.trie.Lookup(netip.AddrFrom4(b)); ok {
-		return &t.entries[n]
-	}
-	return nil
+	e, _ := t.trie.Lookup(netip.AddrFrom4(b))
+	return e
 }
 
 // HasAddr reports whether some peer's underlay address is addr (host byte order).
@@ -185,17 +177,17 @@ func (t *Table) HasAddr(addr uint32) bool {
 // Entries returns the peers in the order they were given to Build. The caller
 // must not change them.
 func (t *Table) Entries() []Entry {
-	if t == nil || len(t.entries) == 0 {
+	if t == nil {
 		return nil
 	}
-	return t.entries[1:]
+	return t.entries
 }
 
 // dests returns what is known of every endpoint, as a map the caller owns.
 func (t *Table) dests() map[netip.AddrPort]*encap.Dest {
 	m := make(map[netip.AddrPort]*encap.Dest)
 	for i := range t.Entries() {
-		e := &t.entries[i+1]
+		e := &t.entries[i]
 		m[e.Endpoint] = e.Dest
 	}
 	return m
