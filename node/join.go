@@ -211,15 +211,18 @@ func (r *runner) announce() {
 	})
 }
 
+// setBlackhole keeps the blackhole route of the subnet in force. A route that is
+// there already is left alone: every change of one makes reconcile run again.
 func (r *runner) setBlackhole() {
-	if r.blackholed.IsValid() {
-		r.note(&r.holeProblem, "blackhole route", blackhole(r.nl, r.blackholed, false))
+	var gone error
+	if r.blackholed.IsValid() && r.blackholed != r.own.Subnet {
+		gone = blackhole(r.nl, r.blackholed, false)
 	}
 	err := blackhole(r.nl, r.own.Subnet, true)
-	r.note(&r.holeProblem, "blackhole route", err)
 	if err == nil {
 		r.blackholed = r.own.Subnet
 	}
+	r.note(&r.holeProblem, "blackhole route", errors.Join(gone, err))
 }
 
 // stop is the clean way out: what was learnt is saved, the lease stays unless

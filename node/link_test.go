@@ -2,6 +2,7 @@ package node
 
 import (
 	"errors"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -174,6 +175,45 @@ func TestBlackholeRouteIsAddedOnceAndRemoved(t *testing.T) {
 		if got := len(ourRoutes(t, nl)) == 1; got != add {
 			t.Errorf("add %t: present %t", add, got)
 		}
+	}
+}
+
+func TestABlackholeRouteInForceIsNotTouched(t *testing.T) {
+	l := lan(t, netns.LANConfig{Nodes: 1})
+	nl, err := l.Nodes[0].Netlink()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nl.Close)
+	updates, done := make(chan netlink.RouteUpdate, 64), make(chan struct{})
+	defer close(done)
+	err = l.Nodes[0].Do(func() error { return netlink.RouteSubscribe(updates, done) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, second := netip.MustParsePrefix("10.1.2.0/24"), netip.MustParsePrefix("10.1.3.0/24")
+	r := &runner{Node: &Node{log: slog.Default()}, nl: nl}
+	for _, subnet := range []netip.Prefix{first, first, first, second} {
+		r.own.Subnet = subnet
+		if r.setBlackhole(); r.holeProblem != "" || r.blackholed != subnet {
+			t.Fatal(r.holeProblem, r.blackholed)
+		}
+	}
+	var seen []string
+	for len(seen) < 3 {
+		u := <-updates
+		if u.Route.Type != unix.RTN_BLACKHOLE {
+			continue
+		}
+		what := "add "
+		if u.Type == unix.RTM_DELROUTE {
+			what = "del "
+		}
+		seen = append(seen, what+prefixOf(u.Dst).String())
+	}
+	want := []string{"add 10.1.2.0/24", "del 10.1.2.0/24", "add 10.1.3.0/24"}
+	if !slices.Equal(seen, want) {
+		t.Errorf("got %v, want %v", seen, want)
 	}
 }
 
