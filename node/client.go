@@ -54,32 +54,37 @@ func (c *Client) Close() { c.http.CloseIdleConnections() }
 // Status returns the node's whole state.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var s Status
-	return s, c.get(ctx, "/v1/status", &s)
+	err := c.get(ctx, "/v1/status", &s)
+	return s, err
 }
 
 // Peers returns the peers in subnet order.
 func (c *Client) Peers(ctx context.Context) (PeersAnswer, error) {
 	var a PeersAnswer
-	return a, c.get(ctx, "/v1/peers", &a)
+	err := c.get(ctx, "/v1/peers", &a)
+	return a, err
 }
 
 // Routes returns the overlay's routing table, our own subnet included.
 func (c *Client) Routes(ctx context.Context) (RoutesAnswer, error) {
 	var a RoutesAnswer
-	return a, c.get(ctx, "/v1/routes", &a)
+	err := c.get(ctx, "/v1/routes", &a)
+	return a, err
 }
 
 // Leases returns all leases, our own included, whether the data plane can use
 // them or not.
 func (c *Client) Leases(ctx context.Context) (LeasesAnswer, error) {
 	var a LeasesAnswer
-	return a, c.get(ctx, "/v1/leases", &a)
+	err := c.get(ctx, "/v1/leases", &a)
+	return a, err
 }
 
 // Route explains what happens to a packet for dst.
 func (c *Client) Route(ctx context.Context, dst netip.Addr) (RouteAnswer, error) {
 	var a RouteAnswer
-	return a, c.get(ctx, "/v1/route?ip="+url.QueryEscape(dst.String()), &a)
+	err := c.get(ctx, "/v1/route?ip="+url.QueryEscape(dst.String()), &a)
+	return a, err
 }
 
 // Metrics returns the Prometheus text exposition.

@@ -189,7 +189,7 @@ func checkConfig(c *Config) error {
 		return err
 	}
 	if c.Workers < 1 || c.Workers > maxWorkers {
-		return fmt.Errorf("--workers %d: expected 1 to %d, or 0 for one per CPU", c.Workers, maxWorkers)
+		return fmt.Errorf("--workers %d: expected 1 to %d, or 0 for one per two CPUs", c.Workers, maxWorkers)
 	}
 	for i, f := range c.ListenFramings {
 		if f >= encap.NumFramings || slices.Contains(c.ListenFramings[:i], f) {
