@@ -246,7 +246,7 @@ func (f *captureFiles) fileName(now time.Time) string {
 	return f.plan.path
 }
 
-// packet writes one packet and goes on to the next file when this one is full.
+// packet writes one packet.
 func (f *captureFiles) packet(p *capture.Packet, stats *capture.Stats) error {
 	f.stats = *stats
 	// tcpdump looks before it writes, dumpcap after.
@@ -282,6 +282,11 @@ func (f *captureFiles) packet(p *capture.Packet, stats *capture.Stats) error {
 	if f.out.size != before {
 		f.safe = f.total
 	}
+	return nil
+}
+
+// turn goes on to the next file when this one is full, as dumpcap does.
+func (f *captureFiles) turn() error {
 	if f.plan.naming == dumpcapRing && f.full() {
 		return f.rotate(time.Now())
 	}

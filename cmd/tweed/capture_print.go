@@ -138,6 +138,7 @@ func (p *packetPrinter) peerName(c *capture.Packet) string {
 }
 
 func (p *packetPrinter) flush() error                { return p.explain(p.w.Flush()) }
+func (p *packetPrinter) turn() error                 { return nil }
 func (p *packetPrinter) captured() uint64            { return p.printed }
 func (p *packetPrinter) size() int64                 { return 0 }
 func (p *packetPrinter) finish(*capture.Stats) error { return p.flush() }

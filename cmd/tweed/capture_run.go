@@ -31,6 +31,8 @@ const (
 type packetSink interface {
 	// packet takes a packet, and what the engine last said of its counters.
 	packet(*capture.Packet, *capture.Stats) error
+	// turn is called after a packet that was not the last.
+	turn() error
 	// flush and tick are called every captureTick.
 	flush() error
 	tick(time.Time) error
@@ -132,6 +134,9 @@ func (c *captureRun) read(s *node.Capture, end func()) error {
 			c.taken++
 			if n := c.stop.packets; n > 0 && c.taken >= n || c.stop.filesize > 0 && c.sink.size() >= c.stop.filesize {
 				c.ended = true
+			}
+			if !c.ended {
+				c.enter(c.sink.turn())
 			}
 		}
 		ended := c.ended
