@@ -43,6 +43,7 @@ type engineProcess struct {
 	own   *exec.Cmd // nil for one that was running
 	log   *os.File  // of own
 	done  chan struct{}
+	used  bool // something was attached
 }
 
 // findEngine finds this user's engine or starts one.
@@ -160,6 +161,7 @@ func (e *engineProcess) lastWords() string {
 func (e *engineProcess) attach(ctx context.Context, r node.AttachRequest) (node.AttachmentStatus, error) {
 	for try := 1; ; try++ {
 		s, err := e.api.Attach(ctx, r)
+		e.used = e.used || err == nil
 		if err == nil || try == attachTries || node.Answers(e.api.Path()) {
 			return s, err
 		}
@@ -183,7 +185,11 @@ func (e *engineProcess) close() {
 	if err == nil && !onlyEnded(a) {
 		return
 	}
-	_ = e.own.Process.Signal(syscall.SIGTERM)
+	if !e.used {
+		// It would wait for the first attachment. One that was used ends by
+		// itself, and a signal on its way out would kill it.
+		_ = e.own.Process.Signal(syscall.SIGTERM)
+	}
 	select {
 	case <-e.done:
 	case <-time.After(goneTime):
