@@ -24,7 +24,7 @@ func (c *Coalescer) Continue(pkt []byte, tag uint64) bool {
 	size := len(pkt) - hl
 	a := it.pkt
 	// Both headers are at least 28 bytes long, and a[:hl] is there.
-	if it.closed || size <= 0 || size > int(it.size) || it.total+size > maxPacket || it.csum != csumPartial ||
+	if it.closed || it.parts == maxItemParts || size <= 0 || size > int(it.size) || it.total+size > maxPacket || it.csum != csumPartial ||
 		binary.LittleEndian.Uint16(pkt) != binary.LittleEndian.Uint16(a) || int(be16(pkt[2:])) != len(pkt) ||
 		le32(pkt[6:]) != le32(a[6:]) || le64(pkt[12:]) != le64(a[12:]) || le32(pkt[20:]) != le32(a[20:]) ||
 		pkt[6]&(dontFrag>>8) == 0 && be16(pkt[4:]) != it.id || Fold(Sum(pkt[:minIPv4], 0)) != 0xffff {
