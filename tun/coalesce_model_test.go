@@ -24,6 +24,7 @@ func drawFlow(t *rapid.T, i int) *flow {
 		SrcPort: uint16(1 + i%2), DstPort: uint16(80 + i/2%2), Src: mustAddr(fmt.Sprintf("10.1.1.%d", 1+i/4%2)),
 		TTL: 60, ID: rapid.SampledFrom([]uint16{0, 5, 0xfffd}).Draw(t, "id"),
 		Frag: rapid.SampledFrom([]uint16{0, tuntest.DontFragment}).Draw(t, "df"),
+		Sum:  rapid.SampledFrom([]tuntest.Checksum{tuntest.Good, tuntest.Partial}).Draw(t, "sum"),
 	}
 	if f.p.Proto == tuntest.TCP {
 		f.p.Flags, f.p.Window, f.p.Ack = tuntest.ACK, 500, 1

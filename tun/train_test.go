@@ -78,3 +78,73 @@ func TestContinueLeavesTheRestToAdd(t *testing.T) {
 		})
 	}
 }
+
+// Where the ID counts it must count up; lengths must agree with the datagram's.
+func TestContinueChecksIDAndLengths(t *testing.T) {
+	for name, c := range map[string]struct {
+		segment func(i, size int) tuntest.Packet
+		change  func(p *tuntest.Packet)
+		edit    func(b []byte) []byte
+	}{
+		"no DF, ID not in step": {tcpSegment, func(p *tuntest.Packet) { p.ID = 99 }, nil},
+		"short UDP length":      {udpDatagram, func(p *tuntest.Packet) { p.UDPLen = 50 }, nil},
+		"long UDP length":       {udpDatagram, func(p *tuntest.Packet) { p.UDPLen = 500 }, nil},
+		"padding behind it":     {tcpSegment, nil, func(b []byte) []byte { return append(b[:len(b)-1:len(b)-1], 0, 0)[:len(b)+1] }},
+		"shorter than it says":  {tcpSegment, nil, func(b []byte) []byte { return b[:len(b)-1] }},
+		"headers only":          {tcpSegment, nil, func(b []byte) []byte { return b[:52] }},
+		"half the headers":      {tcpSegment, nil, func(b []byte) []byte { return b[:30] }},
+		"nothing":               {udpDatagram, nil, func(b []byte) []byte { return nil }},
+	} {
+		a, b := c.segment(0, 100), c.segment(1, 100)
+		a.Frag, b.Frag, a.Sum, b.Sum = 0, 0, tuntest.Partial, tuntest.Partial
+		if c.change != nil {
+			c.change(&b)
+		}
+		raw := b.Bytes()
+		if c.edit != nil {
+			// The checksum is partial for the length there is, so that it alone
+			// does not give the packet away.
+			raw = c.edit(raw)
+			if len(raw) > 52 {
+				put16(raw[36:], tuntest.Sum(raw[12:20], []byte{0, 6, byte((len(raw) - 20) >> 8), byte(len(raw) - 20)}))
+			}
+		}
+		co := NewCoalescer(1426)
+		_, q := newRecorder(t, OffloadFull)
+		co.Add(q, a.Bytes(), 0, 0)
+		if co.Continue(raw, 1) {
+			t.Errorf("%s: taken for the next segment", name)
+		}
+	}
+}
+
+func TestPushEndsATrain(t *testing.T) {
+	c := NewCoalescer(1426)
+	r, q := newRecorder(t, OffloadFull)
+	var pkts []tuntest.Packet
+	for i := range 4 {
+		p := tcpSegment(i, 100)
+		p.Sum = tuntest.Partial
+		if i == 1 {
+			p.Flags |= tuntest.PSH
+		}
+		pkts = append(pkts, p)
+	}
+	continued(c, q, pkts...)
+	NewWriter().Flush(c, new(Written))
+	if len(r.raw) != 2 {
+		t.Errorf("%d writes, want two of two", len(r.raw))
+	}
+	sameBytes(t, r.packets(), pkts...)
+}
+
+// A packet that could not be merged stands between a train and its next packet.
+func TestTrainEndsAtAnUnmergedPacket(t *testing.T) {
+	c := NewCoalescer(1426)
+	r, q := newRecorder(t, OffloadFull)
+	a, odd, b := udpDatagram(0, 100), udpDatagram(7, 100), udpDatagram(1, 100)
+	a.Sum, odd.Sum, b.Sum = tuntest.Partial, tuntest.Zero, tuntest.Partial
+	continued(c, q, a, odd, b)
+	NewWriter().Flush(c, new(Written))
+	sameBytes(t, r.packets(), a, odd, b)
+}
