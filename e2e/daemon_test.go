@@ -169,7 +169,7 @@ func (e *daemon) host() host {
 // assertTraffic carries everything between two hosts, in both directions.
 func assertTraffic(t *testing.T, a, b host, bytes int, sizes []int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeoutCause(t.Context(), 2*time.Minute, fmt.Errorf("traffic between %s and %s took too long", a.name, b.name))
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 9*time.Minute, fmt.Errorf("traffic between %s and %s took too long", a.name, b.name))
 	defer cancel()
 	for _, way := range [][2]host{{a, b}, {b, a}} {
 		from, to := way[0], way[1]
