@@ -19,10 +19,17 @@ const (
 	headerSlab = 64 << 10
 )
 
+// sender is what transmitting needs of an encap.Socket; a test can put itself in
+// its place.
+type sender interface {
+	Send(*encap.SendBatch, *encap.SendResult)
+	Offloads() (gso, gro bool)
+}
+
 // out is a socket and the batch it will send. All peers of an out have the
 // same framing.
 type out struct {
-	sock      *encap.Socket
+	sock      sender
 	batch     *encap.SendBatch
 	prefixLen uint64
 	port      uint16 // local
@@ -127,7 +134,11 @@ func (w *txWorker) packet(v *view, p *tun.Packet) {
 		if err := w.split.Start(ip, &p.Header); err != nil {
 			w.tally.Packets++
 			w.tally.Bytes += bytes
-			w.drop(p, ip, TxMalformed, 1)
+			reason, ok := w.admit(ip) // IPv6 has super-packets too
+			if ok {
+				reason = TxMalformed
+			}
+			w.drop(p, ip, reason, 1)
 			return
 		}
 		segments = uint64(w.split.Count())
