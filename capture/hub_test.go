@@ -352,7 +352,7 @@ func BenchmarkSession(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				s.record(r)
-				if len(s.filled) > bufferBytes/2 {
+				if len(s.filled) > 1<<20 {
 					s.filled = s.filled[:0]
 				}
 			}
