@@ -216,6 +216,9 @@ func routeConflict(nl *netlink.Handle, routes []netlink.Route, network netip.Pre
 		if l, err := nl.LinkByIndex(r.LinkIndex); err == nil {
 			by = l.Attrs().Name
 		}
+		if r.Protocol == routeProtocol {
+			return fmt.Errorf("network %s is routed by another engine on this host, dev %s: stop that one, or give this one another network with --etcd-prefix", network, by)
+		}
 		return fmt.Errorf("route %s exists already, dev %s: remove it (ip route del %s dev %s), or choose another Network", network, by, network, by)
 	}
 	return nil

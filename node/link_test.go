@@ -106,6 +106,18 @@ func TestForeignRoutesAndAddressesStay(t *testing.T) {
 	if err := nl.RouteDel(r); err != nil {
 		t.Fatal(err)
 	}
+	// ... and one of another engine is not to be removed.
+	r.Protocol = routeProtocol
+	if err := nl.RouteAdd(r); err != nil {
+		t.Fatal(err)
+	}
+	_, err = o.ensure(testWant())
+	if err == nil || !strings.Contains(err.Error(), "network 10.1.0.0/16 is routed by another engine on this host, dev eth0") {
+		t.Errorf("conflict with another engine: %v", err)
+	}
+	if err := nl.RouteDel(r); err != nil {
+		t.Fatal(err)
+	}
 	// ... one inside it, or on our device under another protocol, is not.
 	foreignRoute(t, nl, "10.1.9.0/24")
 	onOurs := &netlink.Route{LinkIndex: o.index, Dst: ipNetOf(netip.MustParsePrefix("10.9.0.0/16")), Scope: netlink.SCOPE_LINK, Protocol: unix.RTPROT_STATIC}
