@@ -45,13 +45,26 @@ func defaultDirs(euid int, getenv func(string) string) userDirs {
 }
 
 // enginePaths are the places of one engine.
-type enginePaths struct{ stateDir, socket string }
+type enginePaths struct {
+	stateDir, socket string
+	// runDirs are directories for the socket alone that nobody else may count on,
+	// deepest first: they go with the engine, even if one that was killed made them.
+	runDirs []string
+}
+
+// removeRunDirs removes the runDirs that are empty.
+func (p enginePaths) removeRunDirs() {
+	for _, dir := range p.runDirs {
+		_ = os.Remove(dir) // fails when it is not empty
+	}
+}
 
 func (d userDirs) engine(stateDir, socket, tunName string) enginePaths {
 	p := enginePaths{stateDir: stateDir, socket: socket}
 	if p.stateDir == "" {
 		p.stateDir = filepath.Join(d.state, tunName)
 		if p.socket == "" {
+			p.runDirs = []string{filepath.Join(d.runtime, tunName), d.runtime}
 			p.socket = filepath.Join(d.runtime, tunName, socketName)
 		}
 	}
@@ -72,15 +85,31 @@ func FindSocket(explicit, stateDir string) (string, error) {
 	if explicit != "" {
 		return explicit, nil
 	}
-	if stateDir != "" {
-		return filepath.Join(stateDir, socketName), nil
-	}
 	d := defaultDirs(os.Geteuid(), os.Getenv)
+	if stateDir != "" {
+		return d.socketOf(stateDir), nil
+	}
 	roots := []string{d.runtime}
 	if d.runtime != "/run/tweed" {
 		roots = append(roots, "/run/tweed")
 	}
 	return scanSockets(roots)
+}
+
+// socketOf is the API socket of the engine with a state directory: in it, or for
+// a default one, which has none, in the default place.
+func (d userDirs) socketOf(stateDir string) string {
+	inside := filepath.Join(stateDir, socketName)
+	dir := filepath.Dir(inside)
+	if filepath.Dir(dir) == d.state && !isSocket(inside) {
+		return d.engine("", "", filepath.Base(dir)).socket
+	}
+	return inside
+}
+
+func isSocket(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.Mode()&os.ModeSocket != 0
 }
 
 // scanSockets finds the only answering socket below roots. The first root that

@@ -291,16 +291,19 @@ func (r *runner) serve() error {
 		r.serveHTTP(newHTTPServer(mux), l)
 	}
 	r.paths = defaultDirs(os.Geteuid(), os.Getenv).engine(r.cfg.StateDir, r.cfg.Socket, r.name)
-	for _, dir := range []string{r.paths.stateDir, filepath.Dir(r.paths.socket)} {
-		if err := r.made.mkdirAll(dir, socketDirMode); err != nil {
-			return fmt.Errorf("state directory: %w (choose another with --state-dir)", err)
-		}
+	if err := r.made.mkdirAll(r.paths.stateDir, socketDirMode); err != nil {
+		return fmt.Errorf("state directory: %w (choose another with --state-dir)", err)
 	}
 	l, err := lockDir(r.paths.stateDir, r.paths.socket)
 	if err != nil {
 		return err
 	}
 	r.undo(l.release)
+	// Under the lock, because the engine before us removes it under the lock.
+	if err := r.made.mkdirAll(filepath.Dir(r.paths.socket), socketDirMode); err != nil {
+		return fmt.Errorf("socket directory: %w (choose another place with --socket)", err)
+	}
+	r.undo(r.paths.removeRunDirs)
 	if err := r.loadState(); err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"errors"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -167,6 +168,55 @@ func TestPathsFollowTheUser(t *testing.T) {
 		if p.stateDir != c.wantDir || p.socket != c.want {
 			t.Errorf("%+v: got %+v", c, p)
 		}
+	}
+}
+
+func TestRunDirectoriesGoWithTheLastEngine(t *testing.T) {
+	d := userDirs{runtime: filepath.Join(t.TempDir(), "tweed"), state: t.TempDir()}
+	one, two := d.engine("", "", "tweed0"), d.engine("", "", "tweed1")
+	for _, p := range []enginePaths{one, two} {
+		if err := os.MkdirAll(filepath.Dir(p.socket), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	there := func(dir string) bool { _, err := os.Stat(dir); return err == nil }
+	one.removeRunDirs()
+	if there(filepath.Dir(one.socket)) || !there(filepath.Dir(two.socket)) {
+		t.Error("one engine's directory stays, or the other's is gone")
+	}
+	two.removeRunDirs()
+	if there(d.runtime) || !there(d.state) {
+		t.Error("the root of the sockets stays, or that of the state is gone")
+	}
+	given := d.engine(t.TempDir(), "", "tweed0")
+	given.removeRunDirs()
+	if !there(given.stateDir) {
+		t.Error("a directory that was given is gone")
+	}
+}
+
+func TestAStateDirectoryNamesTheSocketOfItsEngine(t *testing.T) {
+	d := userDirs{runtime: t.TempDir(), state: t.TempDir()}
+	given := d.engine("/srv/overlay", "", "tweed0")
+	if got := d.socketOf("/srv/overlay"); got != given.socket {
+		t.Errorf("given: %s, want %s", got, given.socket)
+	}
+	byDefault := d.engine("", "", "tweed1")
+	if got := d.socketOf(byDefault.stateDir + "/"); got != byDefault.socket {
+		t.Errorf("default: %s, want %s", got, byDefault.socket)
+	}
+	// The same directory, but given with --state-dir.
+	if err := os.MkdirAll(byDefault.stateDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	inside := filepath.Join(byDefault.stateDir, socketName)
+	l, err := net.Listen("unix", inside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if got := d.socketOf(byDefault.stateDir); got != inside {
+		t.Errorf("default directory, given: %s, want %s", got, inside)
 	}
 }
 
