@@ -161,8 +161,7 @@ func joinConns(ctx context.Context, a, b net.Conn) error {
 	return errors.Join(<-result, <-result)
 }
 
-// Forward is a -L or -R argument, [BIND:]PORT:HOST:HOSTPORT as ssh has it, or
-// [BIND:]PORT:unix:PATH for where it leads.
+// Forward is a -L or -R argument, [BIND:]PORT:HOST:HOSTPORT as ssh has it.
 type Forward struct {
 	Listen string
 	To     string
