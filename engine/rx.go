@@ -135,8 +135,8 @@ func (w *rxWorker) datagram(v *view, m *encap.Message, data []byte) bool {
 		w.tally.drop(reason, 1)
 		return false
 	}
-	if m.TOS&3 == ecnCE {
-		tun.SetECN(pkt, ecnCE)
+	if ecn := m.TOS & 3; ecn == ecnCE || ecn == ecnECT1 && pkt[1]&3 == ecnECT0 {
+		tun.SetECN(pkt, ecn) // RFC 6040 section 4.2, and Linux
 	}
 	if !w.merge.Room() {
 		w.flush()
@@ -209,6 +209,8 @@ func (w *rxWorker) check(v *view, m *encap.Message, data []byte) (pkt []byte, re
 // ECN codepoints (RFC 3168 section 5).
 const (
 	ecnNone = 0
+	ecnECT1 = 1
+	ecnECT0 = 2
 	ecnCE   = 3
 )
 
