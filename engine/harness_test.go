@@ -232,6 +232,7 @@ func (h *harness) change() Stats {
 	}
 	sub(&now.Tx, &old.Tx)
 	sub(&now.Rx, &old.Rx)
+	now.RxBatches -= old.RxBatches
 	now.ICMPSent -= old.ICMPSent
 	now.ICMPLimited -= old.ICMPLimited
 	return now
@@ -435,3 +436,5 @@ func to(i int, p tuntest.Packet) tuntest.Packet {
 	}
 	return p
 }
+
+type tablePeer = table.Peer
