@@ -51,6 +51,9 @@ type Config struct {
 	Snap int
 	// Filters keep only the packets that all of them match.
 	Filters []*filter.Program
+	// Keep makes the session a flight recorder: it keeps the newest packets and
+	// the newest dropped ones, this many of each, for Dump; its stream is empty.
+	Keep int
 }
 
 // Hub runs the captures of one engine. The zero value has no engine yet. It is

@@ -385,3 +385,43 @@ func BenchmarkReader(b *testing.B) {
 		}
 	}
 }
+
+func TestAFlightRecorderKeepsTheNewestAndTheDrops(t *testing.T) {
+	src, h := &source{}, &Hub{}
+	h.SetSource(src)
+	s := start(t, h, Config{Points: tap.AllPoints, Snap: 40, Keep: 10})
+	data := testPacket.Bytes()
+	src.batch(0, 3, tap.Of(tap.TunIn, tap.Drop), data)
+	src.batch(1, 50, tap.Of(tap.WireIn, tap.TunOut), data)
+	s.Close()
+	frames, stats := s.Dump()
+	stream, err := AppendHello(nil, Hello{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stream, err = AppendStats(append(stream, frames...), stats, true); err != nil {
+		t.Fatal(err)
+	}
+	r, _, err := NewReader(bytes.NewReader(stream))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got Counts
+	var p Packet
+	last := int64(0)
+	for err = r.Next(&p); err == nil; err = r.Next(&p) {
+		got[p.Point]++
+		if p.Time < last {
+			t.Errorf("time goes back by %d ns", last-p.Time)
+		}
+		last = p.Time
+	}
+	if err != io.EOF || !r.Complete || got != (Counts{tap.WireIn: 5, tap.TunOut: 5, tap.Drop: 3}) {
+		t.Errorf("%v, %v", got, err)
+	}
+	for p := range got {
+		if got[p]+stats.Overrun[p] != stats.Matched[p] {
+			t.Errorf("%s: %d kept + %d pushed out, %d matched", tap.Point(p), got[p], stats.Overrun[p], stats.Matched[p])
+		}
+	}
+}

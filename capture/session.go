@@ -25,10 +25,15 @@ type Session struct {
 	spare  []byte
 	wake   chan struct{}
 	closed bool
+	keep   *recorder // nil but in a flight recorder
 }
 
 func newSession(h *Hub, c Config) *Session {
-	return &Session{hub: h, cfg: c, wake: make(chan struct{}, 1)}
+	s := &Session{hub: h, cfg: c, wake: make(chan struct{}, 1)}
+	if c.Keep > 0 {
+		s.keep = newRecorder(c.Keep)
+	}
+	return s
 }
 
 // record adds what the session wants of r to its buffer.
@@ -52,6 +57,12 @@ func (s *Session) record(r *tap.Record) {
 		}
 		s.stats.Matched[p.Point]++
 		p.Data = p.Data[:min(len(p.Data), s.cfg.Snap)]
+		if s.keep != nil {
+			if gone, full := s.keep.put(p); full {
+				s.stats.Overrun[gone]++
+			}
+			return
+		}
 		if len(s.filled)+frameLen(p) > s.limit {
 			s.stats.Overrun[p.Point]++
 			s.gap[p.Point]++

@@ -38,6 +38,9 @@ type CaptureRequest struct {
 	// Peers are node names, node ids, underlay addresses or subnets; a packet
 	// has to go to or come from one of them.
 	Peers []string `json:"peers,omitempty"`
+	// Recorder asks for what the flight recorder holds; nothing else is asked
+	// for then.
+	Recorder bool `json:"recorder,omitempty"`
 	// Reasons are drop reasons by name: only packets dropped for one of them.
 	Reasons []string `json:"reasons,omitempty"`
 }
@@ -134,6 +137,10 @@ func (n *Node) capture(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusBadRequest, "capture: "+err.Error())
 		return
 	}
+	if req.Recorder {
+		n.dumpRecorder(w)
+		return
+	}
 	cfg, err := n.captureConfig(&req)
 	if err != nil {
 		a := captureAnswer{Schema: Schema, Error: err.Error()}
@@ -170,6 +177,44 @@ func (n *Node) capture(w http.ResponseWriter, r *http.Request) {
 	s.Close()
 	st := s.Stats()
 	log.Info("capture ended", "matched", st.Matched.Total(), "lost", st.Lost.Total()+st.Overrun.Total(), "cause", causeOf(err))
+}
+
+// recorderSnap is how much the flight recorder keeps of a packet, in bytes: the
+// headers inside and outside the tunnel.
+const recorderSnap = 128
+
+// startRecorder starts the flight recorder, if it is asked for.
+func (n *Node) startRecorder() (stop func(), err error) {
+	if n.cfg.FlightRecorder == 0 {
+		return func() {}, nil
+	}
+	s, err := n.captures.hub.Start(capture.Config{Points: tap.AllPoints, Snap: recorderSnap, Keep: n.cfg.FlightRecorder})
+	if err != nil {
+		return nil, fmt.Errorf("--flight-recorder: %w", err)
+	}
+	n.recorder.Store(s)
+	return s.Close, nil
+}
+
+// dumpRecorder answers with what the flight recorder holds.
+func (n *Node) dumpRecorder(w http.ResponseWriter) {
+	s := n.recorder.Load()
+	if s == nil {
+		refuse(w, http.StatusConflict, "no flight recorder runs: start the engine with --flight-recorder N")
+		return
+	}
+	all := CaptureRequest{Points: capture.PointNames()}
+	b, err := capture.AppendHello(nil, n.captureHello(&all, recorderSnap))
+	if err == nil {
+		frames, stats := s.Dump()
+		b, err = capture.AppendStats(append(b, frames...), stats, true)
+	}
+	if err != nil {
+		refuse(w, http.StatusInternalServerError, err.Error())
+		return
+	}
+	w.Header().Set("Content-Type", "application/octet-stream")
+	_, _ = w.Write(b) // the client went away
 }
 
 func causeOf(err error) string {

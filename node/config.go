@@ -46,6 +46,9 @@ type Config struct {
 	// BlackholeRoute keeps a blackhole route for our subnet.
 	BlackholeRoute bool
 
+	// FlightRecorder keeps the heads of so many packets, and of as many dropped
+	// ones, for whoever asks later; 0 keeps none.
+	FlightRecorder int
 	// AttachOnly leaves the host out of the overlay: no TUN device, no routes and
 	// no traffic rules, only attached containers. It needs no privilege at all.
 	AttachOnly bool

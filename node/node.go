@@ -35,6 +35,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"tweed/capture"
 	"tweed/encap"
 )
 
@@ -59,6 +60,8 @@ const (
 	// defaultMaxWorkers bounds the choice from the number of CPUs: beyond it
 	// the underlay is the limit.
 	defaultMaxWorkers = 8
+	// maxRecorder bounds the memory of the flight recorder to some 400 MB.
+	maxRecorder = 1_000_000
 	// maxIfaceName is IFNAMSIZ less the terminating zero.
 	maxIfaceName = 15
 )
@@ -80,6 +83,7 @@ type Node struct {
 	data      dataPlane
 	attached  atomic.Pointer[attachments]
 	captures  captures
+	recorder  atomic.Pointer[capture.Session]
 }
 
 // New validates cfg and fills in the defaults. Its errors are errors of usage:
@@ -190,6 +194,9 @@ func checkConfig(c *Config) error {
 	}
 	if c.Workers < 1 || c.Workers > maxWorkers {
 		return fmt.Errorf("--workers %d: expected 1 to %d, or 0 for one per two CPUs", c.Workers, maxWorkers)
+	}
+	if c.FlightRecorder < 0 || c.FlightRecorder > maxRecorder {
+		return fmt.Errorf("--flight-recorder %d: expected 0 to %d packets", c.FlightRecorder, maxRecorder)
 	}
 	for i, f := range c.ListenFramings {
 		if f >= encap.NumFramings || slices.Contains(c.ListenFramings[:i], f) {

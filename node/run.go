@@ -314,6 +314,11 @@ func (r *runner) serve() error {
 	r.publish()
 	r.serveHTTP(r.apiServer(), api)
 	r.undo(r.captures.end)
+	stopRecorder, err := r.startRecorder()
+	if err != nil {
+		return err
+	}
+	r.undo(stopRecorder)
 	r.saver = newSaver(r.paths.stateDir, r.log)
 	r.undo(r.saver.close)
 	r.att = newAttachments(r.paths.stateDir, r.log)

@@ -34,6 +34,7 @@ type captureOptions struct {
 	rotateCount   int // -W
 	rotateSize    int // -C, millions of bytes
 	wireshark     string
+	recorder      bool
 }
 
 const captureLong = `capture shows the packets of a running engine, inside and outside the tunnel, and
@@ -103,6 +104,7 @@ func (o *captureOptions) register(cmd *cobra.Command) {
 	fs.IntVarP(&o.rotateSeconds, "rotate-seconds", "G", 0, "begin the next file every `SECONDS`, its name from strftime")
 	fs.IntVarP(&o.rotateSize, "file-size", "C", 0, "begin the next file after `MILLIONS` of bytes")
 	fs.IntVarP(&o.rotateCount, "file-count", "W", 0, "with -C, write over `N` files in turn; with -G, stop after N files")
+	fs.BoolVar(&o.recorder, "recorder", false, "show what the flight recorder of the engine holds (tweed up --flight-recorder N)")
 	fs.StringVar(&o.wireshark, "wireshark", "", "show the packets live in Wireshark, or in another `PROGRAM` that takes its flags")
 	fs.Lookup("wireshark").NoOptDefVal = "wireshark"
 	completeWords(cmd, "format", formatPcapng, formatPcap)
@@ -125,6 +127,9 @@ func (o *captureOptions) request(expression string) (node.CaptureRequest, error)
 	}
 	if o.drops || len(o.reasons) > 0 {
 		points |= tap.Of(tap.Drop)
+	}
+	if o.recorder {
+		return node.CaptureRequest{Recorder: true}, nil
 	}
 	r.Points = namesOf(points)
 	if o.snap < 0 || o.snap > capture.MaxSnap {
@@ -201,6 +206,9 @@ func (o *captureOptions) plan(fs *pflag.FlagSet) (filePlan, error) {
 func runCapture(cmd *cobra.Command, c *client, o *captureOptions, expression string) error {
 	if o.wireshark != "" && o.write != "" {
 		return newUsageError(cmd, errors.New("--wireshark and -w: expected one of them"))
+	}
+	if o.recorder && (strings.TrimSpace(expression) != "" || len(o.points)+len(o.peers)+len(o.reasons)+o.snap > 0 || o.flow != "") {
+		return newUsageError(cmd, errors.New("--recorder: it has recorded already, all points and 128 bytes: choose from the file, with tshark -Y"))
 	}
 	req, err := o.request(expression)
 	if err != nil {

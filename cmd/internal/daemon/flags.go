@@ -50,6 +50,7 @@ type Flags struct {
 	stateDir, socket        string
 	nodeName                string
 	metricsAddr             string
+	flightRecorder          int
 	logLevel, logFormat     string
 }
 
@@ -102,6 +103,7 @@ func (f *Flags) registerOwn(fs *flag.FlagSet, d Defaults) {
 	fs.StringVar(&f.stateDir, "state-dir", "", "`directory` for everything this engine keeps (default: see docs/operating.md)")
 	fs.StringVar(&f.socket, "socket", "", "`path` of the API socket (default: api.sock in the state directory)")
 	fs.StringVar(&f.metricsAddr, "metrics-addr", "", "`host:port` that serves Prometheus metrics (default: none)")
+	fs.IntVar(&f.flightRecorder, "flight-recorder", 0, "keep the heads of the last `N` packets and the last N dropped ones for tweed capture --recorder; 0 keeps none")
 	fs.StringVar(&f.logLevel, "log-level", "info", "lowest `level` to log: debug, info, warn or error")
 	fs.StringVar(&f.logFormat, "log-format", "text", "`format` of the log: text or json")
 }
@@ -148,6 +150,7 @@ func (f *Flags) Config() (node.Config, error) {
 	cfg.BlackholeRoute = f.blackhole
 	cfg.TUNName, cfg.MTU, cfg.Workers = f.tunName, f.mtu, f.workers
 	cfg.NodeName = f.nodeName
+	cfg.FlightRecorder = f.flightRecorder
 	cfg.StateDir, cfg.Socket = f.stateDir, f.socket
 	cfg.MetricsAddr, cfg.HealthzIP, cfg.HealthzPort = f.metricsAddr, f.healthzIP, f.healthzPort
 	return cfg, nil
