@@ -62,11 +62,14 @@ func (r *Registry) missingConfig(ctx context.Context) error {
 			"copy it with: ETCDCTL_API=3 etcdctl put %s \"$(ETCDCTL_API=2 etcdctl get %s)\"",
 			ErrNoConfig, ErrV2Keys, r.config, r.config, r.config)
 	}
-	hint := ""
+	elsewhere, hint := "", ""
+	if r.cfg.Prefix != DefaultPrefix {
+		elsewhere = " --etcd-prefix " + r.cfg.Prefix
+	}
 	if !strings.HasPrefix(r.config, "/") {
 		hint = fmt.Sprintf("; note that the prefix %q does not begin with a slash", r.cfg.Prefix)
 	}
-	return fmt.Errorf("lease: %w at etcd key %s: write one, for example: tweed network set 10.244.0.0/16%s", ErrNoConfig, r.config, hint)
+	return fmt.Errorf("lease: %w at etcd key %s: write one, for example: tweed network set 10.244.0.0/16%s%s", ErrNoConfig, r.config, elsewhere, hint)
 }
 
 // explain turns an error of the client into one that tells the operator what is

@@ -70,7 +70,7 @@ func TestNetworkConfigIsWrittenValidatedAndReadBack(t *testing.T) {
 	w := newWorld(t)
 	r := w.registry()
 	_, err := r.ReadNetworkConfig(w.ctx())
-	if !errors.Is(err, ErrNoConfig) || errors.Is(err, ErrV2Keys) || !strings.Contains(err.Error(), w.prefix+"/config: write one, for example: tweed network set") {
+	if !errors.Is(err, ErrNoConfig) || errors.Is(err, ErrV2Keys) || !strings.Contains(err.Error(), w.prefix+"/config: write one, for example: tweed network set 10.244.0.0/16 --etcd-prefix "+w.prefix) {
 		t.Errorf("got %v", err)
 	}
 	bare, err := Open(EtcdConfig{Endpoints: []string{w.endpoint}, Prefix: w.prefix[1:], Log: quiet})
