@@ -154,7 +154,7 @@ func (c *Client) send(ctx context.Context, method, path string, body []byte) ([]
 func (c *Client) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.ENOENT):
-		return fmt.Errorf("%s: no such socket: no engine runs with this state directory (start one with tweed up)", c.path)
+		return fmt.Errorf("%s: no such socket: no engine runs there (start one with tweed up)", c.path)
 	case errors.Is(err, unix.ECONNREFUSED):
 		return fmt.Errorf("%s: nobody answers: the engine has stopped (start it with tweed up)", c.path)
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
