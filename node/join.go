@@ -3,9 +3,11 @@ package node
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"strings"
+	"time"
 
 	"tweed/lease"
 )
@@ -14,6 +16,83 @@ import (
 // then a snapshot is no reason to go on.
 func refused(err error) bool {
 	return errors.Is(err, lease.ErrPublicIPTaken) || errors.Is(err, lease.ErrOutOfSubnets)
+}
+
+// configResult and leaseResult are what the goroutines that talk to etcd
+// during the start hand to the loop.
+type configResult struct {
+	cfg lease.NetworkConfig
+	err error
+}
+
+type leaseResult struct {
+	lease lease.Lease
+	err   error
+}
+
+// startup is the part of the loop's state that the way to the lease needs.
+type startup struct {
+	configs chan configResult
+	leases  chan leaseResult
+	// useCache fires when etcd was waited for long enough, rejoin when the next
+	// attempt to join is due; nil when there is nothing to wait for.
+	useCache, rejoin <-chan time.Time
+}
+
+func (r *runner) awaitConfig() {
+	r.etcdTasks.Go(func() {
+		cfg, err := r.mgr.AwaitConfig(r.etcd)
+		r.begin.configs <- configResult{cfg, err}
+	})
+}
+
+func (r *runner) acquire() {
+	// From here on etcd may hold our node id, known to us or not.
+	r.claiming = true
+	r.etcdTasks.Go(func() {
+		l, err := r.mgr.Acquire(r.etcd)
+		r.begin.leases <- leaseResult{l, err}
+	})
+}
+
+// configured goes on with the network config, or with the reason there is none.
+func (r *runner) configured(c configResult) error {
+	err := c.err
+	if err == nil {
+		err = r.plan(c.cfg)
+	}
+	if err != nil {
+		return r.late(err)
+	}
+	r.acquire()
+	return nil
+}
+
+// leased goes on with the lease, or with the reason there is none.
+func (r *runner) leased(l leaseResult) error {
+	r.claiming = false
+	if l.err != nil {
+		return r.late(l.err)
+	}
+	r.begin.useCache = nil
+	return r.join(l.lease)
+}
+
+// late decides what an error of the start means: with a snapshot to forward
+// from it is reported and tried again, without one it ends the start.
+func (r *runner) late(err error) error {
+	if r.cached == nil || refused(err) {
+		return err
+	}
+	if r.begin.useCache != nil {
+		r.begin.useCache = nil
+		if err := r.startCached(); err != nil {
+			return err
+		}
+	}
+	r.noteJoinProblem(err)
+	r.begin.rejoin = time.After(joinRetry/2 + rand.N(joinRetry))
+	return nil
 }
 
 // attrs is what our lease says beside address and identity.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -91,6 +90,7 @@ type runner struct {
 	att     *attachments
 	started bool // the engine's workers run
 
+	begin     startup
 	phase     Phase
 	claiming  bool // a claim is under way, its fate unknown
 	joined    bool // a lease is held and followed
@@ -366,63 +366,20 @@ func (r *runner) loadState() error {
 	return nil
 }
 
-// configResult and leaseResult are what the goroutines that talk to etcd
-// during the start hand to the loop.
-type configResult struct {
-	cfg lease.NetworkConfig
-	err error
-}
-
-type leaseResult struct {
-	lease lease.Lease
-	err   error
-}
-
 // loop is the node's only owner of device, engine and routes.
 func (r *runner) loop(ctx context.Context) error {
-	configs := make(chan configResult, 1)
-	leases := make(chan leaseResult, 1)
-	awaitConfig := func() {
-		r.etcdTasks.Go(func() {
-			cfg, err := r.mgr.AwaitConfig(r.etcd)
-			configs <- configResult{cfg, err}
-		})
-	}
-	acquire := func() {
-		// From here on etcd may hold our node id, known to us or not.
-		r.claiming = true
-		r.etcdTasks.Go(func() {
-			l, err := r.mgr.Acquire(r.etcd)
-			leases <- leaseResult{l, err}
-		})
-	}
-	var rejoin, useCache, settle, repair <-chan time.Time
+	r.begin = startup{configs: make(chan configResult, 1), leases: make(chan leaseResult, 1)}
 	if r.cached != nil {
-		useCache = time.After(cacheDelay)
+		r.begin.useCache = time.After(cacheDelay)
 	}
-	// late decides what an error of the start means: with a snapshot to forward
-	// from it is reported and tried again, without one it ends the start.
-	late := func(err error) error {
-		if r.cached == nil || refused(err) {
-			return err
-		}
-		if useCache != nil {
-			useCache = nil
-			if err := r.startCached(); err != nil {
-				return err
-			}
-		}
-		r.noteJoinProblem(err)
-		rejoin = time.After(joinRetry/2 + rand.N(joinRetry))
-		return nil
-	}
+	var settle, repair <-chan time.Time
 	reconcile := time.NewTicker(reconcileInterval)
 	defer reconcile.Stop()
 	publish := time.NewTicker(publishInterval)
 	defer publish.Stop()
 	r.setPhase(PhaseWaiting)
 	r.publish()
-	awaitConfig()
+	r.awaitConfig()
 	for {
 		var failed <-chan error
 		if r.eng != nil {
@@ -432,28 +389,15 @@ func (r *runner) loop(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return r.stop()
-		case c := <-configs:
-			if err = c.err; err == nil {
-				err = r.plan(c.cfg)
-			}
-			if err == nil {
-				acquire()
-			} else {
-				err = late(err)
-			}
-		case l := <-leases:
-			r.claiming = false
-			if l.err != nil {
-				err = late(l.err)
-				break
-			}
-			useCache = nil
-			err = r.join(l.lease)
-		case <-useCache:
-			useCache = nil
+		case c := <-r.begin.configs:
+			err = r.configured(c)
+		case l := <-r.begin.leases:
+			err = r.leased(l)
+		case <-r.begin.useCache:
+			r.begin.useCache = nil
 			err = r.startCached()
-		case <-rejoin:
-			awaitConfig()
+		case <-r.begin.rejoin:
+			r.awaitConfig()
 		case <-r.mgr.Updates():
 			r.follow()
 		case <-r.watch.changed:
