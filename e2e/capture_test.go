@@ -482,3 +482,37 @@ func TestTsharkCapturesThroughExtcap(t *testing.T) {
 		t.Errorf("bad filter: %s", bad.output())
 	}
 }
+
+func TestFlightRecorder(t *testing.T) {
+	w := newWorld(t, 2)
+	w.config(udpConfig)
+	a, b := w.up(0, "--flight-recorder", "40"), w.up(1)
+	awaitPeers(1, a, b)
+	fromStranger := newSender(t, w, 1, a, 8285)
+	for range 3 {
+		fromStranger([]byte("no packet at all"))
+	}
+	for range 30 {
+		assertPing(t, a.host(), b.host(), 1000)
+	}
+	file := filepath.Join(w.dir, "past.pcapng")
+	if status, _, errs := run(t, tweedBin, "capture", "--state-dir", a.dir, "--recorder", "-w", file); status != 0 {
+		t.Fatalf("exit status %d: %s", status, errs)
+	}
+	f := readCapture(t, file)
+	if n := sum(f.packets); n != 43 || f.packets[tap.Drop] != 3 || f.packets[tap.TunIn] != 10 {
+		t.Errorf("%v: want the last 40 packets and 3 drops", f.packets)
+	}
+	a.signal(unix.SIGUSR1)
+	w.await("the recorder saved", func() bool { return strings.Contains(a.output(), "flight recorder saved") })
+	saved, err := filepath.Glob(filepath.Join(a.dir, "recorder-*.pcapng"))
+	if err != nil || len(saved) != 1 {
+		t.Fatal(saved, err)
+	}
+	if again := readCapture(t, saved[0]); again.packets != f.packets {
+		t.Errorf("on SIGUSR1 %v, over the API %v", again.packets, f.packets)
+	}
+	if status, _, errs := run(t, tweedBin, "capture", "--state-dir", b.dir, "--recorder"); status != 1 || !strings.Contains(errs, "--flight-recorder N") {
+		t.Errorf("without a recorder: exit status %d, %s", status, errs)
+	}
+}

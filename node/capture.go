@@ -196,21 +196,31 @@ func (n *Node) startRecorder() (stop func(), err error) {
 	return s.Close, nil
 }
 
-// dumpRecorder answers with what the flight recorder holds.
-func (n *Node) dumpRecorder(w http.ResponseWriter) {
+// errNoRecorder is what to do without a flight recorder.
+var errNoRecorder = errors.New("no flight recorder runs: start the engine with --flight-recorder N")
+
+// Recorded returns what the flight recorder holds, as a stream for
+// capture.NewReader, and the state directory.
+func (n *Node) Recorded() (stream []byte, stateDir string, err error) {
 	s := n.recorder.Load()
 	if s == nil {
-		refuse(w, http.StatusConflict, "no flight recorder runs: start the engine with --flight-recorder N")
-		return
+		return nil, "", errNoRecorder
 	}
 	all := CaptureRequest{Points: capture.PointNames()}
 	b, err := capture.AppendHello(nil, n.captureHello(&all, recorderSnap))
-	if err == nil {
-		frames, stats := s.Dump()
-		b, err = capture.AppendStats(append(b, frames...), stats, true)
-	}
 	if err != nil {
-		refuse(w, http.StatusInternalServerError, err.Error())
+		return nil, "", err
+	}
+	frames, stats := s.Dump()
+	b, err = capture.AppendStats(append(b, frames...), stats, true)
+	return b, n.view.Load().stateDir, err
+}
+
+// dumpRecorder answers with what the flight recorder holds.
+func (n *Node) dumpRecorder(w http.ResponseWriter) {
+	b, _, err := n.Recorded()
+	if err != nil {
+		refuse(w, http.StatusConflict, err.Error())
 		return
 	}
 	w.Header().Set("Content-Type", "application/octet-stream")

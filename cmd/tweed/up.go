@@ -60,7 +60,9 @@ privilege, and the process gives up all it has.`,
 			if exitWhenIdle {
 				go endWhenIdle(ctx, n, end)
 			}
+			stopSaving := saveRecorderOnSignal(n, log)
 			err = daemon.Run(ctx, n)
+			stopSaving()
 			if errors.Is(err, os.ErrPermission) && !attachOnly && os.Geteuid() != 0 {
 				err = fmt.Errorf("%w (or leave the host out of the overlay, which needs no privilege: tweed up --attach-only)", err)
 			}
