@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -356,4 +357,32 @@ func inventory(t *testing.T, e *daemon) counts {
 		fmt.Sscanf(line, "VmRSS: %d", &c.rss)
 	}
 	return c
+}
+
+// TestDemoWithoutPrivilege runs the demo as an ordinary user in the tiers that
+// need no device node.
+func TestDemoWithoutPrivilege(t *testing.T) {
+	needTool(t, "setpriv")
+	for tier, want := range map[string]string{"veth": "container", "netstack": "nodes inside this program"} {
+		t.Run(tier, func(t *testing.T) {
+			w := newUnderlay(t, 1)
+			dir := filepath.Join(w.dir, "home")
+			forOrdinaryUser(t, dir)
+			argv := append(asOrdinaryUser(), "env", "HOME="+dir, "TMPDIR="+dir, "XDG_RUNTIME_DIR="+dir,
+				tweedBin, "demo", "--tier", tier)
+			p := w.launch(nil, "demo", argv...)
+			select {
+			case <-p.ended:
+			case <-time.After(3 * patience):
+				t.Fatalf("the demo still runs: %s", p.output())
+			}
+			out := p.output()
+			if status := p.wait(); status != 0 || !strings.Contains(out, want) || strings.Count(out, "sha256 equal") != 4 {
+				t.Errorf("status %d: %s", status, out)
+			}
+			if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+				t.Errorf("left in the home directory: %v, %v", left, err)
+			}
+		})
+	}
 }

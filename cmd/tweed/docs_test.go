@@ -55,7 +55,7 @@ func TestREADMEBeginsWithTwoCommandsThatNeedOnlyGo(t *testing.T) {
 }
 
 func TestLinksBetweenDocumentsHold(t *testing.T) {
-	for _, doc := range []string{"README.md", "docs/operating.md", "docs/etcd.md", "docs/wire.md"} {
+	for _, doc := range []string{"README.md", "docs/operating.md", "docs/etcd.md", "docs/wire.md", "docs/rootless.md"} {
 		for _, link := range regexp.MustCompile(`\]\(([^)#]+)\)`).FindAllStringSubmatch(readDoc(t, doc), -1) {
 			if strings.Contains(link[1], "://") {
 				continue
