@@ -37,11 +37,11 @@ var (
 
 // The peers live on other loopback addresses. Their names say what they are.
 const (
-	udpPeer     = iota // udp framing
-	vxlanPeer          // vxlan framing
-	udpTweed           // udp framing, completes inner checksums itself
-	vxlanTweed         // vxlan framing, completes inner checksums itself
-	narrowPeer         // udp framing, a way of 1000 bytes
+	udpPeer    = iota // udp framing
+	vxlanPeer         // vxlan framing
+	udpTweed          // udp framing, completes inner checksums itself
+	vxlanTweed        // vxlan framing, completes inner checksums itself
+	narrowPeer        // udp framing, a way of 1000 bytes
 	numPeers
 	stranger // holds no lease
 )
