@@ -27,7 +27,6 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type source struct {
 	set     atomic.Pointer[tap.Set]
 	workers [2]sync.Mutex // held for a batch
-	sent    Counts        // while a set was there
 	id      uint64
 }
 
@@ -36,9 +35,14 @@ func (s *source) TapWorkers() int { return len(s.workers) }
 func (s *source) SetTap(set *tap.Set) {
 	s.set.Store(set)
 	for i := range s.workers {
-		s.workers[i].Lock() // wait for the batch
-		s.workers[i].Unlock()
+		s.settle(i)
 	}
+}
+
+// settle waits for the batch a worker may be in.
+func (s *source) settle(worker int) {
+	s.workers[worker].Lock()
+	defer s.workers[worker].Unlock()
 }
 
 var testPacket = tuntest.Packet{Proto: tuntest.UDP, SrcPort: 1, DstPort: 53, Payload: []byte("12345678")}

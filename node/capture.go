@@ -393,9 +393,7 @@ func (n *Node) captureHello(r *CaptureRequest, snap int) capture.Hello {
 		h.Points = []string{tap.TunIn.String(), tap.TunOut.String()}
 	}
 	var words []string
-	for _, f := range r.Filters {
-		words = append(words, f)
-	}
+	words = append(words, r.Filters...)
 	for _, p := range r.Peers {
 		words = append(words, "peer "+p)
 	}

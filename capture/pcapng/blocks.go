@@ -77,12 +77,12 @@ func (r *Reader) nextBlock(p *Packet) error {
 			err = r.simple(p, body)
 		case blockObsolete:
 			err = r.obsolete(p, body)
-		default:
-			found = false
 		case blockInterface:
 			found, err = false, r.interfaceBlock(body)
 		case blockStatistics:
 			found, err = false, r.statistics(body)
+		default:
+			found = false
 		}
 		if found || err != nil {
 			return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -27,7 +28,7 @@ func (l *captureLimits) Set(text string) error {
 	const want = "expected duration:SECONDS, filesize:KB, packets:N or files:N"
 	kind, value, found := strings.Cut(text, ":")
 	if !found {
-		return fmt.Errorf(want)
+		return errors.New(want)
 	}
 	if kind == "duration" {
 		s, err := strconv.ParseFloat(value, 64)
@@ -49,7 +50,7 @@ func (l *captureLimits) Set(text string) error {
 	case "files":
 		l.files = int(n)
 	default:
-		return fmt.Errorf(want)
+		return errors.New(want)
 	}
 	if n == 0 {
 		return fmt.Errorf("%s %q: expected a whole number from 1 to %d", kind, value, math.MaxInt32)
