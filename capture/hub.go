@@ -35,7 +35,9 @@ const (
 	// idle is how long the hub sleeps when the rings are empty.
 	idle = 5 * time.Millisecond
 	// burst is how many records the hub handles before it looks at its orders.
-	burst = 4096
+	// On a busy machine its thread gets little time, and who wants to start or
+	// end a capture waits for a burst.
+	burst = 256
 )
 
 // Tapped is what a Hub captures from: an engine.
