@@ -55,8 +55,9 @@ const (
 )
 
 func newPair(tx *txWorker, rx []*rxWorker) (*pair, error) {
+	// The transmit thread holds it at first: an offer before that thread waits
+	// could be taken while it reads.
 	p := &pair{tx: tx, rx: rx, quiet: quietRounds}
-	p.holder.Store(offered)
 	var err error
 	p.bell, err = newSignal()
 	return p, err
