@@ -90,6 +90,7 @@ type Engine struct {
 	tx      []*txWorker
 	rx      []*rxWorker
 	pairs   []*pair
+	started bool
 	running sync.WaitGroup
 	failed  chan error
 	closing atomic.Bool
@@ -98,6 +99,9 @@ type Engine struct {
 // New opens the sockets and prepares the workers. The error of a port in use,
 // a foreign address or a missing permission names the address.
 func New(cfg Config) (*Engine, error) {
+	if !cfg.Source.Is4() {
+		return nil, fmt.Errorf("engine: source address %v: expected IPv4", cfg.Source)
+	}
 	cfg.Listen = slices.Clone(cfg.Listen)
 	e := &Engine{cfg: cfg, log: cfg.Log, failed: make(chan error, 1)}
 	if e.log == nil {
@@ -268,6 +272,7 @@ func (e *Engine) Lookup(addr netip.Addr) (table.Peer, bool) {
 func (e *Engine) Start() error {
 	e.apply.Lock()
 	defer e.apply.Unlock()
+	e.started = true
 	for _, p := range e.pairs {
 		e.startPair(p)
 	}

@@ -146,6 +146,8 @@ func (e *Engine) Attach(p Port) (PortID, error) {
 	switch {
 	case !p.Addr.Is4() || !v.snapshot.Local.Subnet.Contains(p.Addr):
 		return 0, fmt.Errorf("engine: port %s: address %v is outside our subnet %v", p.Name, p.Addr, v.snapshot.Local.Subnet)
+	case p.Addr == v.snapshot.Local.Addr && e.cfg.Device != nil:
+		return 0, fmt.Errorf("engine: port %s: address %v is this host's own", p.Name, p.Addr)
 	case v.ports[addrBits(p.Addr)] != nil:
 		return 0, fmt.Errorf("engine: port %s: address %v belongs to port %s", p.Name, p.Addr, v.ports[addrBits(p.Addr)].Name)
 	}
@@ -220,7 +222,9 @@ func (e *Engine) openPorts() error {
 		src.close()
 		return err
 	}
-	e.startPair(p)
+	if e.started {
+		e.startPair(p)
+	}
 	return nil
 }
 
