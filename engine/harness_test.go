@@ -174,9 +174,11 @@ func (h *harness) close() {
 		s.Close()
 	}
 	h.read.Free()
+	h.queue.Close()
 }
 
-// pairQueue returns a queue and the descriptor of its other end.
+// pairQueue returns a queue, which the caller or an engine closes, and the
+// descriptor of its other end.
 func pairQueue(t testing.TB, rung tun.Offload) (*tun.Queue, int) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -192,10 +194,7 @@ func pairQueue(t testing.TB, rung tun.Offload) (*tun.Queue, int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		unix.Close(fds[1])
-		_ = q.Close() // a port's queue has been closed by its engine
-	})
+	t.Cleanup(func() { unix.Close(fds[1]) })
 	return q, fds[1]
 }
 

@@ -144,6 +144,7 @@ func TestMTUOfAPeerBindsOnlyWhatMayNotBeFragmented(t *testing.T) {
 		"no DF, longer":                  {plain(to(narrowPeer, udp(1300))), 1},
 		"super-packet that fits":         {to(narrowPeer, tcp(3000)).Super(960), 4},
 		"super-packet, short":            {to(narrowPeer, tcp(900)).Super(899), 2},
+		"super-packet of one segment":    {to(narrowPeer, tcp(900)).Super(2000), 1},
 		"super-packet without DF":        {to(narrowPeer, udp(3000)).Super(1300), 3},
 		"DF, longer, to somebody else's": {plain(to(udpPeer, tcp(1300))), 0},
 	} {
@@ -360,7 +361,7 @@ func TestSuperPacketOfVeryManySegments(t *testing.T) {
 	h := newHarness(t)
 	for i, size := range map[int]int{udpPeer: 20, vxlanPeer: 16} {
 		p := to(i, tcp(30000))
-		p.TCPOptions = make([]byte, 40) // 80 bytes of headers a segment
+		p.TCPOptions, p.IPOptions = make([]byte, 40), make([]byte, 40) // 120 bytes of headers a segment
 		hop := p
 		if i == udpPeer {
 			hop.TTL = 63
