@@ -1,8 +1,6 @@
 package engine
 
-import (
-	"golang.org/x/sys/unix"
-)
+import "golang.org/x/sys/unix"
 
 // courtesy lowers the priority of the transmit thread while it drains a flood
 // of small packets.
@@ -16,6 +14,7 @@ type courtesy struct {
 	able bool
 	low  bool
 	run  int // consecutive rounds that speak for a change
+	base int // nice value of the thread otherwise
 }
 
 const (
@@ -26,19 +25,22 @@ const (
 	calmRounds  = 16
 )
 
-// newCourtesy must be called on the thread it is for. Without the privilege to
-// raise the priority again it is never lowered.
+// newCourtesy must be called on the thread it is for. A thread that could not
+// take its priority back is never lowered.
 func newCourtesy() courtesy {
-	var lim unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NICE, &lim) == nil && lim.Cur >= 20 {
-		return courtesy{able: true}
-	}
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if unix.Capget(&hdr, &data[0]) != nil {
+	p, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	if err != nil {
 		return courtesy{}
 	}
-	return courtesy{able: data[0].Effective&(1<<unix.CAP_SYS_NICE) != 0}
+	c := courtesy{base: 20 - p} // the system call counts from 40 down to 1
+	var lim unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NICE, &lim) == nil && lim.Cur >= uint64(p) {
+		c.able = true
+		return c
+	}
+	// Having CAP_SYS_NICE is not enough, it may be a user namespace's: try.
+	c.able = unix.Setpriority(unix.PRIO_PROCESS, 0, c.base-1) == nil && unix.Setpriority(unix.PRIO_PROCESS, 0, c.base) == nil
+	return c
 }
 
 // round takes note of a round.
@@ -55,7 +57,7 @@ func (c *courtesy) round(flood bool) {
 		return
 	}
 	c.run, c.low = 0, flood
-	nice := 0
+	nice := c.base
 	if flood {
 		nice = lowNice
 	}
