@@ -239,6 +239,8 @@ func (e *Engine) settle() {
 	}
 }
 
+var errOffsets = errors.New("engine: checksum offsets outside the packet")
+
 // switched delivers a packet from a port, or from the host to a port, on this
 // node. It reports false when the destination is nobody here.
 func (w *txWorker) switched(v *view, p *tun.Packet, ip []byte, segments, bytes uint64) bool {
@@ -264,8 +266,9 @@ func (w *txWorker) switched(v *view, p *tun.Packet, ip []byte, segments, bytes u
 		err = w.forwardSplit(q, ip)
 	default:
 		// The other side knows no unfinished checksums.
-		if p.Partial() {
-			p.Complete(ip)
+		if p.Partial() && !p.Complete(ip) {
+			err = errOffsets
+			break
 		}
 		err = q.WritePacket(ip)
 	}

@@ -151,6 +151,26 @@ func TestPlainPortGetsPlainPackets(t *testing.T) {
 	}
 }
 
+// A container with a packet socket writes the virtio header itself: it must not
+// get its source address rewritten after it has been checked.
+func TestPortCannotForgeThroughTheChecksum(t *testing.T) {
+	h := newHarness(t)
+	a, b := h.attach("a", inside(-1, 20)), h.attachAt("b", inside(-1, 21), tun.OffloadNone)
+	for off := uint16(0); off < 20; off += 2 {
+		remote, local := a.packet(to(udpPeer, udp(10))), a.packet(udp(10))
+		local.Dst = b.Addr
+		v := tuntest.Virtio{Flags: tuntest.NeedsCsum, CsumOffset: off}
+		h.fromPort(a, v.Prepend(remote.Bytes()), v.Prepend(local.Bytes()))
+		if n := len(readAll(t, b.fd)); n > 0 {
+			t.Errorf("field at %d: %d packets at the other port", off, n)
+		}
+		h.quiet()
+	}
+	if s := h.change(); s.Tx.Delivered != 0 || s.Tx.Drops[TxMalformed] != 10 || s.Tx.Drops[TxLocalError] != 10 {
+		t.Errorf("%+v", s.Tx)
+	}
+}
+
 func TestBrokenPortCostsItsOwnPacketsOnly(t *testing.T) {
 	h := newHarness(t)
 	a, b := h.attach("a", inside(-1, 20)), h.attach("b", inside(-1, 21))

@@ -14,12 +14,14 @@ func (h *Header) SegmentPayload() int { return int(h.vnet.gsoSize) }
 func (h *Header) Partial() bool { return h.vnet.flags&needsCsum != 0 }
 
 // Complete computes the transport checksum of a packet for which Partial is
-// true and that is no super-packet. It reports false, and changes nothing,
-// when the header's offsets lie outside the packet.
+// true and that is no super-packet. pkt must start with a valid IPv4 header. It
+// reports false, and changes nothing, when the header's offsets lie outside the
+// packet or inside the IPv4 header: a container with a packet socket chooses
+// them, and what has been checked must not change.
 func (h *Header) Complete(pkt []byte) bool {
 	start := int(h.vnet.csumStart)
 	at := start + int(h.vnet.csumOffset)
-	if start >= len(pkt) || at+2 > len(pkt) {
+	if start < headerLen(pkt) || start >= len(pkt) || at+2 > len(pkt) {
 		return false
 	}
 	// The field holds the pseudo header's sum, so summing it along is right.

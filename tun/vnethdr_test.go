@@ -103,6 +103,7 @@ func TestCompleteAndElidableRefuseStrangeOffsets(t *testing.T) {
 	good := tuntest.Packet{Proto: tuntest.TCP, Flags: tuntest.ACK, Sum: tuntest.Partial, Payload: []byte("x")}.Bytes()
 	n := uint16(len(good))
 	for _, v := range []tuntest.Virtio{
+		{}, {CsumStart: 12}, {CsumStart: 10, CsumOffset: 20}, {CsumStart: 19, CsumOffset: 1}, // would rewrite the IPv4 header, or sum it
 		{CsumStart: n}, {CsumStart: n - 1, CsumOffset: 0}, {CsumStart: 20, CsumOffset: n - 21},
 		{CsumStart: 0xffff, CsumOffset: 0xffff}, {CsumStart: 20, CsumOffset: 0xffff},
 	} {
