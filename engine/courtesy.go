@@ -18,7 +18,9 @@ type courtesy struct {
 }
 
 const (
-	lowNice = 19
+	// lowNice is a third of the default share. The lowest priority would hand
+	// the whole node's traffic to any program that is busy beside us.
+	lowNice = 5
 	// floodRounds full rounds of small packets are a flood, calmRounds others
 	// end it.
 	floodRounds = 4
