@@ -2,11 +2,13 @@ package encap
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -400,6 +402,47 @@ func TestReceiveAllocatesNothing(t *testing.T) {
 		}
 	}); n != 0 {
 		t.Errorf("%v allocations a round", n)
+	}
+}
+
+// controlled is what Message makes of a message of 100 bytes with the control data.
+func controlled(b *RecvBatch, ctrl []byte, claimed int) Message {
+	clear(b.ctrl[0][:])
+	copy(b.ctrl[0][:], ctrl)
+	b.hdrs[0].hdr.SetControllen(claimed)
+	b.hdrs[0].len = 100
+	return b.Message(0)
+}
+
+func cmsg(level, kind int32, size int, data ...byte) []byte {
+	c := make([]byte, unix.CmsgSpace(len(data)))
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&c[0]))
+	h.Level, h.Type = level, kind
+	h.SetLen(size)
+	copy(c[unix.SizeofCmsghdr:], data)
+	return c
+}
+
+func TestSegmentSizeIsBelievedWithinReason(t *testing.T) {
+	b := recvBatch(t)
+	for size, want := range map[int32]int{0: 0, -1: 0, 1: 1, 99: 99, 100: 0, 101: 0, 1 << 30: 0, -1 << 31: 0} {
+		c := cmsg(unix.IPPROTO_UDP, unix.UDP_GRO, unix.CmsgLen(4), binary.NativeEndian.AppendUint32(nil, uint32(size))...)
+		c = append(c, cmsg(unix.IPPROTO_IP, unix.IP_TOS, unix.CmsgLen(1), 3)...)
+		if m := controlled(b, c, len(c)); m.SegmentLen != want || m.TOS != 3 {
+			t.Errorf("size %d of 100 bytes: segments of %d, TOS %d", size, m.SegmentLen, m.TOS)
+		}
+	}
+	for name, c := range map[string][]byte{
+		"longer than there is":   cmsg(unix.IPPROTO_IP, unix.IP_TOS, 200, 3),
+		"longer than the buffer": cmsg(unix.IPPROTO_IP, unix.IP_TOS, 1<<40, 3),
+		"shorter than itself":    cmsg(unix.IPPROTO_IP, unix.IP_TOS, 3, 3),
+		"no data":                cmsg(unix.IPPROTO_IP, unix.IP_TOS, unix.SizeofCmsghdr, 3),
+		"half a size":            cmsg(unix.IPPROTO_UDP, unix.UDP_GRO, unix.CmsgLen(2), 9, 9),
+		"somebody else's":        cmsg(unix.SOL_SOCKET, unix.IP_TOS, unix.CmsgLen(1), 3),
+	} {
+		if m := controlled(b, c, len(c)); m.SegmentLen != 0 || m.TOS != 0 {
+			t.Errorf("%s: segments of %d, TOS %d", name, m.SegmentLen, m.TOS)
+		}
 	}
 }
 

@@ -120,6 +120,18 @@ func TestPortMaySendFromItsAddressOnly(t *testing.T) {
 	h.quiet()
 }
 
+func TestPortDoesNotHearItself(t *testing.T) {
+	h := newHarness(t)
+	a := h.attach("a", inside(-1, 20))
+	p := a.packet(tuntest.Packet{Proto: 99}) // 8 bytes short of an answer
+	p.Dst = a.Addr
+	h.change()
+	h.fromPort(a, plain(p))
+	if s := h.change(); s.Tx.Drops != drops(TxNoRoute, 1) || len(readAll(t, a.fd)) != 0 {
+		t.Errorf("%+v", s.Tx)
+	}
+}
+
 // A container whose side takes no super-packets gets segments with checksums.
 func TestPlainPortGetsPlainPackets(t *testing.T) {
 	h := newHarness(t)
