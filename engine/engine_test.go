@@ -31,9 +31,16 @@ func eventually(t testing.TB, what string, ok func() bool) {
 }
 
 func TestNewNamesWhatIsWrong(t *testing.T) {
+	if err := (&harness{t: t}).inNamespace(func() error { newNamesWhatIsWrong(t); return nil }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func newNamesWhatIsWrong(t *testing.T) {
 	taken, err := encap.Listen(encap.SocketConfig{Addr: netip.AddrPortFrom(ourAddr, 0)})
 	if err != nil {
-		t.Fatal(err)
+		t.Error(err)
+		return
 	}
 	defer taken.Close()
 	addr, _ := taken.LocalAddr()

@@ -2,8 +2,8 @@ package engine
 
 import (
 	"bytes"
-	"errors"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 
@@ -415,12 +415,13 @@ func TestKernelsRefusalsAreNamed(t *testing.T) {
 	}
 }
 
+// impossible reports why a test cannot run here. With CI=true that is a failure.
 func impossible(t testing.TB, why error) {
 	t.Helper()
-	if why == nil {
-		why = errors.New("no network namespace")
+	if os.Getenv("CI") == "true" {
+		t.Fatal(why)
 	}
-	t.Fatal("this test needs root or a user namespace: ", why)
+	t.Skip(why)
 }
 
 // refusing is a socket whose kernel takes nothing.
