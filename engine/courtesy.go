@@ -61,7 +61,7 @@ func (c *courtesy) round(flood bool) {
 	c.run, c.low = 0, flood
 	nice := c.base
 	if flood {
-		nice = lowNice
+		nice = max(lowNice, c.base)
 	}
 	// The calling thread only: Linux takes the thread id 0 for it.
 	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, nice)
