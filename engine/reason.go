@@ -91,7 +91,7 @@ var reasonTexts = [NumReasons]reasonText{
 	RxBadVXLANFlags: {"bad-vxlan-flags", "the I flag is missing or a reserved bit is set"},
 	RxWrongVNI:      {"wrong-vni", "the VNI is not this network's"},
 	RxUnknownSource: {"unknown-source", "the outer source address holds no lease"},
-	RxWrongMAC:      {"wrong-mac", "an inner MAC address is not what this node's lease says"},
+	RxWrongMAC:      {"wrong-mac", "the inner destination MAC is not this node's, or the source can be no other node's"},
 	RxNotIPv4:       {"rx-not-ipv4", "the inner packet is not IPv4"},
 	RxBadIHL:        {"bad-ihl", "the inner header length is impossible"},
 	RxBadLength:     {"bad-length", "the inner total length does not fit the datagram"},
