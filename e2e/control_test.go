@@ -27,7 +27,9 @@ func TestMigrationToAnotherFraming(t *testing.T) {
 	}
 	young := w.up(1)
 	both := w.up(2, "--listen-framings", "udp,vxlan")
-	awaitPeers(2, both)
+	// All three, not only the one asked: a node refuses what comes from an
+	// address whose lease it has not seen yet.
+	awaitPeers(2, old, young, both)
 	if got := len(both.status().Listen); got != 2 {
 		t.Errorf("node 3 listens %d times, want 2", got)
 	}
