@@ -132,7 +132,7 @@ func TestContainersWithoutPrivilegeReachEverybody(t *testing.T) {
 	for _, tier := range []string{"tun", "veth"} {
 		t.Run(tier, func(t *testing.T) {
 			w := newWorld(t, 4)
-			w.config(`{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`)
+			w.config(vxlanConfig)
 			kernel := newKernelPeer(w, 3, "10.244.240.0/24")
 			a, b, root := ordinaryEngine(w, 0), ordinaryEngine(w, 1), w.up(2)
 			awaitPeers(3, a, b, root)
@@ -209,7 +209,7 @@ func assertUnprivileged(t *testing.T, e *daemon) {
 func TestAttachmentsEndWithTheirContainers(t *testing.T) {
 	needTool(t, "setpriv", "unshare")
 	w := newWorld(t, 1)
-	w.config(`{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}`)
+	w.config(udpConfig)
 	e := ordinaryEngine(w, 0)
 	stays := newContainer(w, 0, "stays")
 	stays.attach(t, e)
@@ -248,7 +248,7 @@ func TestAttachmentsEndWithTheirContainers(t *testing.T) {
 func TestContainersAreTakenBackAfterACrash(t *testing.T) {
 	needTool(t, "setpriv", "unshare")
 	w := newWorld(t, 2)
-	w.config(`{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}`)
+	w.config(udpConfig)
 	a, b := ordinaryEngine(w, 0), ordinaryEngine(w, 1)
 	awaitPeers(1, a, b)
 	here, there, dies := newContainer(w, 0, "here"), newContainer(w, 1, "there"), newContainer(w, 0, "dies")
@@ -277,7 +277,7 @@ func TestContainersAreTakenBackAfterACrash(t *testing.T) {
 func TestRunPassesTheStatusOnAndLeavesNothing(t *testing.T) {
 	needTool(t, "setpriv", "unshare")
 	w := newWorld(t, 1)
-	w.config(`{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}`)
+	w.config(udpConfig)
 	dir := filepath.Join(w.dir, "home")
 	forOrdinaryUser(t, dir)
 	before := traces(t, w.lan.Nodes[0])
@@ -311,7 +311,7 @@ func TestRunPassesTheStatusOnAndLeavesNothing(t *testing.T) {
 func TestAttachingAgainAndAgainLeaksNothing(t *testing.T) {
 	needTool(t, "setpriv", "unshare")
 	w := newWorld(t, 1)
-	w.config(`{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}`)
+	w.config(udpConfig)
 	e := ordinaryEngine(w, 0)
 	c := newContainer(w, 0, "c")
 	cycle := func(n int) {

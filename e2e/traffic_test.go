@@ -8,9 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Nodes take subnets at random, up to SubnetMax; those above it are for the
+// leases that a test writes itself.
 const (
-	udpConfig   = `{"Network":"10.244.0.0/16"}`
-	vxlanConfig = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`
+	udpConfig   = `{"Network":"10.244.0.0/16","SubnetMax":"10.244.99.0"}`
+	vxlanConfig = `{"Network":"10.244.0.0/16","SubnetMax":"10.244.99.0","Backend":{"Type":"vxlan"}}`
 )
 
 // TestTraffic is the main job: everything between two nodes, in both framings.
