@@ -85,6 +85,8 @@ type Engine struct {
 
 	ports    *portSource // serves ports; nil until there are any
 	lastPort PortID
+	replay   replayWorkers
+	observed atomic.Bool // see observe
 
 	sockets []*encap.Socket // all of them
 	tx      []*txWorker
@@ -319,6 +321,7 @@ func (e *Engine) Close() error {
 	for _, p := range e.pairs {
 		p.stop()
 	}
+	e.replay.stop()
 	e.running.Wait()
 	return e.free()
 }
@@ -329,7 +332,12 @@ func (e *Engine) free() error {
 		errs = append(errs, w.batch.Free())
 	}
 	for _, w := range e.rx {
-		errs = append(errs, w.batch.Free())
+		if w.batch != nil {
+			errs = append(errs, w.batch.Free())
+		}
+	}
+	if e.replay.in != nil {
+		errs = append(errs, e.replay.in.Free())
 	}
 	for _, p := range e.pairs {
 		errs = append(errs, p.free())

@@ -36,6 +36,17 @@ func (d *Direction) add(x *Direction) {
 	}
 }
 
+// sub takes the counts of x, an earlier state of d, away.
+func (d *Direction) sub(x *Direction) {
+	d.Packets -= x.Packets
+	d.Bytes -= x.Bytes
+	d.Delivered -= x.Delivered
+	d.DeliveredBytes -= x.DeliveredBytes
+	for r, n := range x.Drops {
+		d.Drops[r] -= n
+	}
+}
+
 // tally is what a worker counts during one batch, and what it publishes after
 // it, so that nobody ever sees a packet that is neither delivered nor dropped.
 type tally struct {

@@ -14,7 +14,7 @@ type rxWorker struct {
 	engine  *Engine
 	framing encap.Framing
 	prefix  int
-	sock    *encap.Socket
+	sock    *encap.Socket // nil with batch when the datagrams are replayed
 	batch   *encap.RecvBatch
 	merge   *tun.Coalescer
 	writer  *tun.Writer
@@ -35,13 +35,15 @@ type rxWorker struct {
 }
 
 func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker, error) {
-	b, err := encap.NewRecvBatch()
-	if err != nil {
-		return nil, err
-	}
 	w := &rxWorker{
-		engine: e, framing: l.Framing, prefix: l.Framing.PrefixLen(), sock: s, batch: b, local: l,
+		engine: e, framing: l.Framing, prefix: l.Framing.PrefixLen(), sock: s, local: l,
 		merge: tun.NewCoalescer(e.cfg.MTU), writer: tun.NewWriter(), queue: q,
+	}
+	if s != nil {
+		var err error
+		if w.batch, err = encap.NewRecvBatch(); err != nil {
+			return nil, err
+		}
 	}
 	w.tap.worker = e.taps()
 	w.refused = func(id uint64) {
@@ -54,20 +56,30 @@ func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker,
 
 // round delivers the n messages of the last Recv.
 func (w *rxWorker) round(n int) {
+	v := w.begin()
+	for i := range n {
+		m := w.batch.Message(i)
+		w.message(v, &m)
+	}
+	w.end()
+}
+
+// begin starts a round in the view it returns; end finishes it.
+func (w *rxWorker) begin() *view {
 	w.busy.enter()
-	defer w.busy.leave()
 	v := w.engine.view.Load()
 	if v != w.seen {
 		w.seen, w.known = v, v.table.HasAddr(w.source)
 	}
 	w.tap.begin(w.engine.tap.Load())
-	for i := range n {
-		m := w.batch.Message(i)
-		w.message(v, &m)
-	}
+	return v
+}
+
+func (w *rxWorker) end() {
 	w.flush()
 	w.tap.end()
 	w.ledger.publish(&w.tally)
+	w.busy.leave()
 }
 
 func (w *rxWorker) message(v *view, m *encap.Message) {

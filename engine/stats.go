@@ -20,6 +20,8 @@ type Stats struct {
 	// Offload is the rung in use on the TUN device, OffloadReason why.
 	Offload       tun.Offload
 	OffloadReason string
+	// Observed says that a capture, the flight recorder or a replay is active.
+	Observed bool
 	// SendSegmented and ReceiveMerged say whether the sockets use UDP_SEGMENT
 	// and UDP_GRO.
 	SendSegmented, ReceiveMerged bool
@@ -30,6 +32,7 @@ func (e *Engine) Stats() Stats {
 	e.apply.Lock()
 	defer e.apply.Unlock()
 	s := Stats{
+		Observed:      e.observed.Load(),
 		Workers:       len(e.tx),
 		Offload:       e.cfg.Offload,
 		OffloadReason: "no device of the host's own",
@@ -53,8 +56,10 @@ func (e *Engine) Stats() Stats {
 		d := w.ledger.read()
 		s.Rx.add(&d)
 		s.RxBatches += w.busy.batches()
-		s.SocketDropped += w.sock.Dropped()
-		_, s.ReceiveMerged = w.sock.Offloads()
+		if w.sock != nil {
+			s.SocketDropped += w.sock.Dropped()
+			_, s.ReceiveMerged = w.sock.Offloads()
+		}
 	}
 	return s
 }

@@ -61,7 +61,7 @@ func (e *Engine) TapWorkers() int {
 	if e.ports == nil {
 		n += 2 // the workers that the first attached port will bring
 	}
-	return n
+	return n + e.replay.tapWorkers(&e.cfg)
 }
 
 // SetTap makes the workers put records of the packets they handle into s; nil
@@ -73,6 +73,14 @@ func (e *Engine) SetTap(s *tap.Set) {
 	if e.tap.Swap(s) != nil {
 		e.settle()
 	}
+	e.observe()
+}
+
+// observe is called, with apply held, after everything that may change whether
+// somebody looks at the packets: a capture, the flight recorder or a replay.
+// While somebody does, every packet has to pass the packet loop.
+func (e *Engine) observe() {
+	e.observed.Store(e.tap.Load() != nil || e.replay.current != nil)
 }
 
 // busy tells whether a worker is in a batch: odd while it is.

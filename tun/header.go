@@ -3,6 +3,14 @@ package tun
 // Header is what the kernel says of a packet read from a queue.
 type Header struct{ vnet vnetHdr }
 
+// Append appends what stands before the packet when it is written to the other
+// end of a queue that is a socket pair.
+func (h *Header) Append(b []byte) []byte {
+	var raw [vnetHdrLen]byte
+	h.vnet.encode(raw[:])
+	return append(b, raw[:]...)
+}
+
 // Super reports whether the packet is a super-packet that must be split.
 func (h *Header) Super() bool { return h.vnet.gsoType&^gsoECN != gsoNone }
 
