@@ -7,7 +7,6 @@ import (
 	"os"
 	"runtime"
 	"slices"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -43,7 +42,7 @@ type replayWorkers struct {
 // Replay is a stretch of time in which packets are put into the engine as if
 // they had come by themselves. They pass every check, are counted in the
 // ledger, shown by captures, and sent or delivered for good. Its methods
-// belong to one goroutine, but for Cancel.
+// belong to one goroutine.
 type Replay struct {
 	engine *Engine
 	point  tap.Point
@@ -253,7 +252,7 @@ func datagramOf(ip []byte) (m encap.Message, port uint16, ok bool) {
 // Put hands a packet to the engine: at tun-in what the host would have sent, at
 // wire-in the whole datagram with its IPv4 header. payload is 0, or the payload
 // of each segment of a super-packet. Put waits while the engine is behind, and
-// fails when the engine was closed or Cancel called.
+// fails when the engine was closed.
 func (r *Replay) Put(pkt []byte, payload int) error {
 	var h tun.Header
 	if payload > 0 && r.point == tap.TunIn {
@@ -276,9 +275,6 @@ func (r *Replay) drain() {
 		}
 	}
 }
-
-// Cancel makes Put fail from now on. It may be called by any goroutine.
-func (r *Replay) Cancel() { _ = r.feed.SetWriteDeadline(time.Unix(1, 0)) }
 
 // Close returns what became of the packets once all of them have been handled.
 func (r *Replay) Close() Replayed {

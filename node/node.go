@@ -83,6 +83,7 @@ type Node struct {
 	data      dataPlane
 	attached  atomic.Pointer[attachments]
 	captures  captures
+	replays   replays
 	recorder  atomic.Pointer[capture.Session]
 }
 

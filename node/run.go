@@ -314,6 +314,8 @@ func (r *runner) serve() error {
 	r.publish()
 	r.serveHTTP(r.apiServer(), api)
 	r.undo(r.captures.end)
+	r.replays.home.Store(r.home)
+	r.undo(r.replays.end)
 	stopRecorder, err := r.startRecorder()
 	if err != nil {
 		return err

@@ -81,6 +81,7 @@ var commands = []func() *cobra.Command{
 	newRouteCommand,
 	newLeasesCommand,
 	newCaptureCommand,
+	newReplayCommand,
 	newExtcapCommand,
 	newEtcdCommand,
 	newNetworkCommand,
