@@ -56,6 +56,13 @@ type Config struct {
 	// Keep makes the session a flight recorder: it keeps the newest packets and
 	// the newest dropped ones, this many of each, for Dump; its stream is empty.
 	Keep int
+	// Until makes the session keep packets in the same way until one matches,
+	// whatever Filters say. Then, or at Close, what it kept becomes its stream,
+	// and it takes nothing more. Keep must be set.
+	Until *filter.Program
+	// Before is a flight recorder whose packets come before the session's own;
+	// for a session with Until.
+	Before *Session
 }
 
 // Hub runs the captures of one engine. The zero value has no engine yet. It is
@@ -103,9 +110,14 @@ func (h *Hub) Start(c Config) (*Session, error) {
 		return nil, fmt.Errorf("capture: %d captures are running, the limit: end one of them first", MaxSessions)
 	}
 	s := newSession(h, c)
+	s.limit = bufferBytes
 	h.uninstall()
 	if h.sessions == nil {
 		h.sessions = make(map[*Session]struct{})
+	}
+	if c.Before != nil {
+		// Everything up to here is in the recorder, and nothing after it yet.
+		s.seed(c.Before)
 	}
 	h.sessions[s] = struct{}{}
 	if err := h.install(); err != nil {

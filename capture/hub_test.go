@@ -430,3 +430,94 @@ func TestAFlightRecorderKeepsTheNewestAndTheDrops(t *testing.T) {
 		}
 	}
 }
+
+// untilSession starts a session that waits for a dropped packet.
+func untilSession(t *testing.T, h *Hub, c Config) *Session {
+	t.Helper()
+	c.Points, c.Until = tap.AllPoints, compile(t, "reason no-route")
+	return start(t, h, c)
+}
+
+func TestUntilKeepsWhatLedToThePacket(t *testing.T) {
+	src, h := &source{}, &Hub{}
+	h.SetSource(src)
+	s := untilSession(t, h, Config{Keep: 4})
+	data := testPacket.Bytes()
+	src.batch(0, 10, tap.Of(tap.TunIn), data)
+	src.batch(0, 1, tap.Of(tap.TunIn, tap.Drop), data)
+	// The stream ends by itself, with the packet last.
+	got, packets := drain(t, s)
+	src.batch(0, 5, tap.Of(tap.TunIn), data)
+	s.Close()
+	st := s.Stats()
+	if got != (Counts{tap.TunIn: 4, tap.Drop: 1}) || packets[4].Point != tap.Drop || !st.Until {
+		t.Errorf("%v, until %v", got, st.Until)
+	}
+	if st.Seen != (Counts{tap.TunIn: 11, tap.Drop: 1}) || st.Overrun != (Counts{tap.TunIn: 7}) {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestUntilEndedEarlyHandsOverWhatItKept(t *testing.T) {
+	src, h := &source{}, &Hub{}
+	h.SetSource(src)
+	s := untilSession(t, h, Config{Keep: 4})
+	src.batch(0, 3, tap.Of(tap.TunIn), testPacket.Bytes())
+	s.Close()
+	if got, _ := drain(t, s); got != (Counts{tap.TunIn: 3}) || s.Stats().Until {
+		t.Errorf("%v, %+v", got, s.Stats())
+	}
+}
+
+// TestUntilBeginsWithTheFlightRecorder: neither a gap nor a packet twice, and
+// the past does not end it.
+func TestUntilBeginsWithTheFlightRecorder(t *testing.T) {
+	src, h := &source{}, &Hub{}
+	h.SetSource(src)
+	recorder := start(t, h, Config{Points: tap.AllPoints, Snap: 40, Keep: 10})
+	defer recorder.Close()
+	data := testPacket.Bytes()
+	src.batch(0, 2, tap.Of(tap.WireIn, tap.Drop), data)
+	src.batch(1, 3, tap.Of(tap.TunIn, tap.WireOut), data)
+	s := untilSession(t, h, Config{Keep: 100, Before: recorder, Filters: []*filter.Program{compile(t, "point tun-in")}})
+	src.batch(0, 2, tap.Of(tap.TunIn, tap.WireOut), data)
+	src.batch(0, 1, tap.Of(tap.TunIn, tap.Drop), data)
+	s.Close()
+	got, packets := drain(t, s)
+	// The filter chooses what is kept, but for packets like the one waited for.
+	if got != (Counts{tap.TunIn: 6, tap.Drop: 3}) {
+		t.Errorf("%v", got)
+	}
+	ids := map[uint64]bool{}
+	for _, p := range packets {
+		if p.Point == tap.TunIn && ids[p.ID] {
+			t.Errorf("packet %d twice", p.ID)
+		}
+		ids[p.ID] = true
+	}
+	if n := len(packets[0].Data); n != len(data) && n != 40 {
+		t.Errorf("%d bytes", n)
+	}
+}
+
+func TestKeptPacketsAreBoundedInBytes(t *testing.T) {
+	w := wheel{frames: make([][]byte, 1000)}
+	gone := 0
+	p := Packet{Data: make([]byte, 1400)}
+	for range 5000 {
+		w.put(&p, 100_000, func(tap.Point) { gone++ })
+		sum, used := 0, 0
+		for _, f := range w.frames {
+			sum += cap(f)
+			if len(f) > 0 {
+				used++
+			}
+		}
+		if sum != w.bytes || sum > 100_000+1400 {
+			t.Fatalf("%d bytes, accounted %d", sum, w.bytes)
+		}
+	}
+	if gone < 4900 || gone > 4999 {
+		t.Errorf("%d of 5000 are gone", gone)
+	}
+}

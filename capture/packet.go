@@ -60,6 +60,8 @@ type Stats struct {
 	// Lost did not fit the engine's rings and were never seen by the filter.
 	Lost Counts
 	// Overrun passed the filter and did not fit the session's buffer, because
-	// its reader was too slow.
+	// its reader was too slow; or newer ones took their place among those kept.
 	Overrun Counts
+	// Until says that the packet came that a session with Until waited for.
+	Until bool `json:",omitempty"`
 }

@@ -12,32 +12,50 @@ import (
 // what went wrong.
 type recorder struct{ passed, dropped wheel }
 
-// wheel keeps the newest frames.
+// wheel keeps the newest frames. What is empty in it are places not yet used.
 type wheel struct {
 	frames [][]byte
 	next   int
+	bytes  int // of memory
 }
 
-// put adds a packet. It returns the point of the one that had to go.
-func (w *wheel) put(p *Packet) (gone tap.Point, full bool) {
-	f := w.frames[w.next]
-	if full = len(f) > 0; full {
-		gone = tap.Point(f[headLen+24])
+// put adds a packet, and drops the oldest for it while there are as many as
+// there may be, or more bytes than limit, unless that is 0.
+func (w *wheel) put(p *Packet, limit int, dropped func(tap.Point)) {
+	need := frameLen(p)
+	for i := w.next; limit > 0 && w.bytes+need > limit && i < w.next+len(w.frames); i++ {
+		if f := &w.frames[i%len(w.frames)]; len(*f) > 0 {
+			dropped(pointOf(*f))
+			w.bytes -= cap(*f)
+			*f = nil
+		}
 	}
-	w.frames[w.next] = appendPacket(f[:0], p)
+	f := w.frames[w.next]
+	if len(f) > 0 {
+		dropped(pointOf(f))
+	}
+	w.bytes -= cap(f)
+	f = appendPacket(f[:0], p)
+	w.bytes += cap(f)
+	w.frames[w.next] = f
 	w.next = (w.next + 1) % len(w.frames)
-	return gone, full
 }
+
+// pointOf is the tap point in a packet's frame.
+func pointOf(frame []byte) tap.Point { return tap.Point(frame[headLen+24]) }
 
 func newRecorder(keep int) *recorder {
 	return &recorder{wheel{frames: make([][]byte, keep)}, wheel{frames: make([][]byte, keep)}}
 }
 
-func (r *recorder) put(p *Packet) (gone tap.Point, full bool) {
+// put adds a packet and tells the points of those that had to go. limit bounds
+// the memory of both halves, in bytes, unless it is 0.
+func (r *recorder) put(p *Packet, limit int, gone func(tap.Point)) {
+	w := &r.passed
 	if p.Point == tap.Drop {
-		return r.dropped.put(p)
+		w = &r.dropped
 	}
-	return r.passed.put(p)
+	w.put(p, limit/2, gone)
 }
 
 // frames returns everything kept in the order of time.
@@ -49,7 +67,7 @@ func (r *recorder) frames() []byte {
 		if c := when(a) - when(b); c != 0 {
 			return int(max(min(c, 1), -1))
 		}
-		return int(a[headLen+24]) - int(b[headLen+24])
+		return int(pointOf(a)) - int(pointOf(b))
 	})
 	return slices.Concat(all...)
 }

@@ -2,9 +2,11 @@ package capture
 
 import (
 	"context"
+	"encoding/binary"
 	"sync"
 
 	"tweed/capture/filter"
+	"tweed/encap"
 	"tweed/engine/tap"
 )
 
@@ -25,7 +27,7 @@ type Session struct {
 	spare  []byte
 	wake   chan struct{}
 	closed bool
-	keep   *recorder // nil but in a flight recorder
+	keep   *recorder // nil but in a flight recorder, and before Until
 }
 
 func newSession(h *Hub, c Config) *Session {
@@ -45,34 +47,91 @@ func (s *Session) record(r *tap.Record) {
 	defer s.mu.Unlock()
 	number, tagged := vni(r)
 	s.view.show(r, s.cfg.Points, func(p *Packet) {
-		s.stats.Seen[p.Point]++
-		if len(s.cfg.Filters) > 0 {
-			s.describe(p, int(r.PrefixLen))
-			s.meta.VNI, s.meta.Tagged = number, tagged
-			for _, f := range s.cfg.Filters {
-				if !f.Match(&s.meta, p.Data) {
-					return
-				}
-			}
-		}
-		s.stats.Matched[p.Point]++
-		p.Data = p.Data[:min(len(p.Data), s.cfg.Snap)]
-		if s.keep != nil {
-			if gone, full := s.keep.put(p); full {
-				s.stats.Overrun[gone]++
-			}
+		hit, ok := s.wants(p, int(r.PrefixLen), number, tagged)
+		if !ok {
 			return
 		}
-		if len(s.filled)+frameLen(p) > s.limit {
-			s.stats.Overrun[p.Point]++
-			s.gap[p.Point]++
-			return
+		s.put(p)
+		if hit {
+			s.stats.Until = true
+			s.handOver()
 		}
-		p.Lost = s.gap[p.Point]
-		s.gap[p.Point] = 0
-		s.filled = appendPacket(s.filled, p)
 	})
 	s.signal()
+}
+
+// wants reports whether the session takes a packet, and whether it is the one
+// that the session waits for.
+func (s *Session) wants(p *Packet, prefix int, vni uint32, tagged bool) (hit, ok bool) {
+	if s.closed {
+		return false, false
+	}
+	s.stats.Seen[p.Point]++
+	if len(s.cfg.Filters) > 0 || s.cfg.Until != nil {
+		s.describe(p, prefix)
+		s.meta.VNI, s.meta.Tagged = vni, tagged
+		hit = s.cfg.Until != nil && s.cfg.Until.Match(&s.meta, p.Data)
+		for _, f := range s.cfg.Filters {
+			if !hit && !f.Match(&s.meta, p.Data) {
+				return false, false
+			}
+		}
+	}
+	s.stats.Matched[p.Point]++
+	return hit, true
+}
+
+// put adds a packet to the stream, or to what is kept.
+func (s *Session) put(p *Packet) {
+	p.Data = p.Data[:min(len(p.Data), s.cfg.Snap)]
+	if s.keep != nil {
+		limit := 0
+		if s.cfg.Until != nil {
+			limit = s.limit
+		}
+		s.keep.put(p, limit, func(gone tap.Point) { s.stats.Overrun[gone]++ })
+		return
+	}
+	if len(s.filled)+frameLen(p) > s.limit {
+		s.stats.Overrun[p.Point]++
+		s.gap[p.Point]++
+		return
+	}
+	p.Lost = s.gap[p.Point]
+	s.gap[p.Point] = 0
+	s.filled = appendPacket(s.filled, p)
+}
+
+// handOver ends a session with Until: what it kept is its stream.
+func (s *Session) handOver() {
+	s.filled = append(s.filled, s.keep.frames()...)
+	s.keep, s.closed = nil, true
+}
+
+// seed gives a session with Until what a flight recorder holds.
+func (s *Session) seed(from *Session) {
+	frames, _ := from.Dump()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var p Packet
+	for len(frames) > 0 {
+		n := headLen + int(binary.LittleEndian.Uint32(frames))
+		if err := decodePacket(frames[headLen:n], &p); err != nil {
+			return // of our own making: cannot be
+		}
+		frames = frames[n:]
+		if !s.cfg.Points.Has(p.Point) {
+			continue
+		}
+		prefix, number, tagged := 0, uint32(0), false
+		if p.VXLAN && p.Outer {
+			prefix = encap.FramingVXLAN.PrefixLen()
+			number, tagged = vniAt(p.Data[min(outerLen, len(p.Data)):])
+		}
+		if _, ok := s.wants(&p, prefix, number, tagged); ok {
+			s.put(&p)
+		}
+	}
 }
 
 // describe fills in what the filter may ask beside the bytes.
@@ -99,6 +158,9 @@ func (s *Session) describe(p *Packet, prefix int) {
 func (s *Session) lost(now, before *Counts) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
 	for p := range tap.NumPoints {
 		if s.cfg.Points.Has(p) {
 			n := now[p] - before[p]
@@ -152,6 +214,9 @@ func (s *Session) Next(ctx context.Context) ([]byte, error) {
 func (s *Session) Close() {
 	s.hub.stop(s)
 	s.mu.Lock()
+	if s.cfg.Until != nil && !s.closed {
+		s.handOver()
+	}
 	s.closed = true
 	s.mu.Unlock()
 	s.signal()

@@ -182,7 +182,7 @@ func (d *Reader) Next(p *Packet) error {
 		}
 		switch kind {
 		case kindPacket:
-			return d.packet(p)
+			return decodePacket(d.body, p)
 		case kindStats, kindEnd:
 			if err := json.Unmarshal(d.body, &d.Stats); err != nil {
 				return fmt.Errorf("capture: statistics in the stream: %w", err)
@@ -192,8 +192,8 @@ func (d *Reader) Next(p *Packet) error {
 	}
 }
 
-func (d *Reader) packet(p *Packet) error {
-	b := d.body
+// decodePacket is the inverse of appendPacket, for the body of a frame.
+func decodePacket(b []byte, p *Packet) error {
 	if len(b) < packetLen {
 		return fmt.Errorf("capture: a packet frame of %d bytes in the stream", len(b))
 	}

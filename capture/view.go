@@ -216,8 +216,16 @@ func putOuter(b []byte, r *tap.Record, length int) {
 
 // vni returns the VXLAN network identifier of a record with a prefix.
 func vni(r *tap.Record) (uint32, bool) {
-	if int(r.PrefixLen) < encap.FramingVXLAN.PrefixLen() || len(r.Data) < 8 {
+	if int(r.PrefixLen) < encap.FramingVXLAN.PrefixLen() {
 		return 0, false
 	}
-	return binary.BigEndian.Uint32(r.Data[4:]) >> 8, true
+	return vniAt(r.Data)
+}
+
+// vniAt returns the VNI of a VXLAN header.
+func vniAt(b []byte) (uint32, bool) {
+	if len(b) < 8 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint32(b[4:]) >> 8, true
 }

@@ -41,6 +41,11 @@ type CaptureRequest struct {
 	// Recorder asks for what the flight recorder holds; nothing else is asked
 	// for then.
 	Recorder bool `json:"recorder,omitempty"`
+	// Until is an expression: packets are kept until one matches it, and sent
+	// then, the newest Before of them (0 means 1000), preceded by what the flight
+	// recorder holds. Points none means all then.
+	Until  string `json:"until,omitempty"`
+	Before int    `json:"before,omitempty"`
 	// Reasons are drop reasons by name: only packets dropped for one of them.
 	Reasons []string `json:"reasons,omitempty"`
 }
@@ -285,6 +290,9 @@ func (n *Node) captureConfig(r *CaptureRequest) (capture.Config, error) {
 		}
 		c.Points |= tap.Of(p)
 	}
+	if c.Points == 0 && r.Until != "" {
+		c.Points = tap.AllPoints
+	}
 	if c.Points == 0 {
 		c.Points = tap.Of(tap.TunIn, tap.TunOut)
 	}
@@ -317,7 +325,26 @@ func (n *Node) captureConfig(r *CaptureRequest) (capture.Config, error) {
 		}
 		c.Filters = append(c.Filters, p)
 	}
-	return c, nil
+	return c, n.captureUntil(r, &c, opt)
+}
+
+// maxBefore bounds CaptureRequest.Before; the bytes are bounded as well.
+const maxBefore = 100_000
+
+// captureUntil fills in what a capture waits for.
+func (n *Node) captureUntil(r *CaptureRequest, c *capture.Config, opt filter.Options) (err error) {
+	if r.Until == "" {
+		return nil
+	}
+	if r.Before < 0 || r.Before > maxBefore {
+		return fmt.Errorf("%d packets before the one waited for: expected 1 to %d", r.Before, maxBefore)
+	}
+	if c.Keep = r.Before; c.Keep == 0 {
+		c.Keep = 1000
+	}
+	c.Before = n.recorder.Load()
+	c.Until, err = filter.Compile(r.Until, opt)
+	return err
 }
 
 // peersText is the filter for packets of any of the peers.
@@ -388,6 +415,9 @@ func (n *Node) captureHello(r *CaptureRequest, snap int) capture.Hello {
 	}
 	if v.node.PublicIP.IsValid() {
 		h.Address = v.node.PublicIP.String()
+	}
+	if len(h.Points) == 0 && r.Until != "" {
+		h.Points = capture.PointNames()
 	}
 	if len(h.Points) == 0 {
 		h.Points = []string{tap.TunIn.String(), tap.TunOut.String()}

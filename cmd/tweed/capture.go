@@ -35,6 +35,8 @@ type captureOptions struct {
 	rotateSize    int // -C, millions of bytes
 	wireshark     string
 	recorder      bool
+	until         string
+	before        int
 }
 
 const captureLong = `capture shows the packets of a running engine, inside and outside the tunnel, and
@@ -61,12 +63,17 @@ peer, packet. With -w the file is pcapng, or pcap if its name says so: mode 0600
 one interface a tap point, nanoseconds, direction, frame.packet_id, drop reasons
 as comments (frame.comment contains "drop:no-route"), losses and counters.
 
+With --until FILTER nothing is written until a packet matches: then what led to it,
+the flight recorder's packets first, if there is one, and the packet itself at
+the end. FILTER... on its own still chooses which packets are kept.
+
 -a and -b take the words of dumpcap, -G, -W and -C are tcpdump's.`
 
 const captureExample = `  tweed capture icmp
   tweed capture --outer -w x.pcapng host 10.244.7.12
   tweed capture --drops -c 10
   tweed capture --reason spoofed-source -w forged.pcapng
+  tweed capture --until 'reason no-route' -w why.pcapng
   tweed capture -b filesize:10000 -b files:5 -w ring.pcapng
   tweed capture --outer -w - | tcpdump -T vxlan -nr -
   tweed capture --outer --wireshark`
@@ -105,6 +112,8 @@ func (o *captureOptions) register(cmd *cobra.Command) {
 	fs.IntVarP(&o.rotateSize, "file-size", "C", 0, "begin the next file after `MILLIONS` of bytes")
 	fs.IntVarP(&o.rotateCount, "file-count", "W", 0, "with -C, write over `N` files in turn; with -G, stop after N files")
 	fs.BoolVar(&o.recorder, "recorder", false, "show what the flight recorder of the engine holds (tweed up --flight-recorder N)")
+	fs.StringVar(&o.until, "until", "", "capture until a packet matches this `filter`, such as 'reason no-route', then show what led to it and end; --point all is the default")
+	fs.IntVar(&o.before, "before", 1000, "with --until, how many `packets` before that one to keep, and as many dropped ones")
 	fs.StringVar(&o.wireshark, "wireshark", "", "show the packets live in Wireshark, or in another `PROGRAM` that takes its flags")
 	fs.Lookup("wireshark").NoOptDefVal = "wireshark"
 	completeWords(cmd, "format", formatPcapng, formatPcap)
@@ -119,7 +128,11 @@ func (o *captureOptions) request(expression string) (node.CaptureRequest, error)
 	if err != nil {
 		return r, err
 	}
-	if points == 0 && len(o.reasons) == 0 {
+	switch {
+	case points != 0:
+	case o.until != "":
+		points = tap.AllPoints
+	case len(o.reasons) == 0:
 		points = pointGroups["inner"]
 	}
 	if o.outer {
@@ -131,7 +144,7 @@ func (o *captureOptions) request(expression string) (node.CaptureRequest, error)
 	if o.recorder {
 		return node.CaptureRequest{Recorder: true}, nil
 	}
-	r.Points = namesOf(points)
+	r.Points, r.Until, r.Before = namesOf(points), o.until, o.before
 	if o.snap < 0 || o.snap > capture.MaxSnap {
 		return r, fmt.Errorf("-s %d: expected 1 to %d bytes, or 0 for all", o.snap, capture.MaxSnap)
 	}
@@ -203,12 +216,34 @@ func (o *captureOptions) plan(fs *pflag.FlagSet) (filePlan, error) {
 	return p, nil
 }
 
+// checkUntil refuses what makes no sense with --until, or without it.
+func (o *captureOptions) checkUntil(fs *pflag.FlagSet) error {
+	given := fs.Changed("until")
+	switch {
+	case given && strings.TrimSpace(o.until) == "":
+		return errors.New("--until: expected a filter, such as 'reason no-route'")
+	case given && o.recorder:
+		return errors.New("--recorder and --until: expected one of them: --until begins with what the recorder holds")
+	case !given && fs.Changed("before"):
+		return errors.New("--before: expected --until with it")
+	case o.before < 1 || o.before > maxBefore:
+		return fmt.Errorf("--before %d: expected 1 to %d packets", o.before, maxBefore)
+	}
+	return nil
+}
+
+// maxBefore is the engine's limit.
+const maxBefore = 100_000
+
 func runCapture(cmd *cobra.Command, c *client, o *captureOptions, expression string) error {
 	if o.wireshark != "" && o.write != "" {
 		return newUsageError(cmd, errors.New("--wireshark and -w: expected one of them"))
 	}
 	if o.recorder && (strings.TrimSpace(expression) != "" || len(o.points)+len(o.peers)+len(o.reasons)+o.snap > 0 || o.flow != "") {
 		return newUsageError(cmd, errors.New("--recorder: it has recorded already, all points and 128 bytes: choose from the file, with tshark -Y"))
+	}
+	if err := o.checkUntil(cmd.Flags()); err != nil {
+		return newUsageError(cmd, err)
 	}
 	req, err := o.request(expression)
 	if err != nil {
@@ -259,22 +294,31 @@ func runCapture(cmd *cobra.Command, c *client, o *captureOptions, expression str
 	stats, err := run.run(cmd.Context(), api)
 	if run.sink != nil {
 		run.printSummary(stderr, &stats)
+		if err == nil && o.until != "" && !stats.Until {
+			fmt.Fprintf(stderr, "no packet matched --until '%s'\n", o.until)
+			if !run.told {
+				err = exitStatus(exitFailed) // a limit ended it, not its user
+			}
+		}
 		if f, ok := run.sink.(*captureFiles); ok && err == nil && o.write != "-" && run.taken > 0 {
 			fmt.Fprintln(stderr, "look at it:", viewCommand(f))
 		}
 	}
-	return captureUsage(cmd, err, stderr)
+	return captureUsage(cmd, err, o.until, stderr)
 }
 
 // captureUsage makes a wrong filter a usage error, with the place underlined
 // for a person.
-func captureUsage(cmd *cobra.Command, err error, stderr io.Writer) error {
+func captureUsage(cmd *cobra.Command, err error, until string, stderr io.Writer) error {
 	var bad *filter.Error
 	if !errors.As(err, &bad) {
 		return err
 	}
 	if isTerminal(stderr) {
 		fmt.Fprintln(stderr, bad.Caret())
+	}
+	if until != "" && bad.Expr == until {
+		return newUsageError(cmd, fmt.Errorf("--until: %w", bad))
 	}
 	return newUsageError(cmd, bad)
 }

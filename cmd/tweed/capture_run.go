@@ -60,6 +60,7 @@ type captureRun struct {
 	taken uint64
 	ended bool // nothing is written any more
 	err   error
+	told  bool // a signal ended it
 }
 
 // stepBack lowers the priority of all threads of this process.
@@ -164,7 +165,6 @@ func (c *captureRun) watch(end, closeNow func(), done chan struct{}) {
 		defer t.Stop()
 		over = t.C
 	}
-	told := false
 	for {
 		select {
 		case <-done:
@@ -172,10 +172,10 @@ func (c *captureRun) watch(end, closeNow func(), done chan struct{}) {
 		case <-over:
 			end()
 		case <-c.signals:
-			if told {
+			if c.told {
 				closeNow()
 			}
-			told = true
+			c.told = true
 			end()
 		case now := <-ticker.C:
 			c.mu.Lock()
