@@ -12,7 +12,7 @@ import (
 
 // datagramPatience is how long a datagram and its echo may be under way before
 // they count as lost.
-const datagramPatience = 3 * time.Second
+const datagramPatience = 10 * time.Second
 
 // Datagrams sends one UDP datagram of each size (bytes of payload, 1 to 65507)
 // from src to dst, where it is checked and echoed, and checks the echo. One is

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Ledger accounts for every packet of a [Stream].
@@ -64,9 +66,16 @@ const (
 	kindEnd        = 2
 )
 
-// burst is the most packets sent at one tick: after a stall of the machine the
-// rate is made up for gently, for it is not the socket buffers that are tested.
-const burst = 32
+// catchUp is how many times its rate a stream sends at most: what a stall of
+// the machine held back is made up for gently, for it is not the queues on the
+// way that are tested. What a stall of more than maxDebt held back is forgone.
+const (
+	catchUp = 3
+	maxDebt = 500 * time.Millisecond
+)
+
+// endPatience bounds the wait for the end packet; lost ones are sent again.
+const endPatience = 30 * time.Second
 
 // Stream is a one-way flow of numbered UDP packets at a steady rate. It runs
 // from [StartStream] until Stop.
@@ -102,8 +111,7 @@ func StartStream(c StreamConfig) (*Stream, error) {
 	if s.in, err = listenUDP(c.To, c.Dst); err != nil {
 		return nil, fmt.Errorf("probe: stream: %w", err)
 	}
-	// Best effort: the default holds some hundred packets.
-	s.in.SetReadBuffer(4 << 20)
+	enlarge(s.in, 4<<20)
 	if s.out, err = listenUDP(c.From, c.Src); err != nil {
 		s.in.Close()
 		return nil, fmt.Errorf("probe: stream: %w", err)
@@ -114,6 +122,16 @@ func StartStream(c StreamConfig) (*Stream, error) {
 	return s, nil
 }
 
+// enlarge makes room for n bytes before the receiver runs; the default holds
+// some hundred packets. It takes what it can get: only with CAP_NET_ADMIN may
+// that be more than net.core.rmem_max.
+func enlarge(c *net.UDPConn, n int) {
+	c.SetReadBuffer(n)
+	if raw, err := c.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, n) })
+	}
+}
+
 // Received returns the number of different packets that arrived so far.
 func (s *Stream) Received() uint64 {
 	s.mu.Lock()
@@ -122,11 +140,11 @@ func (s *Stream) Received() uint64 {
 }
 
 // Stop stops sending, waits until all that was under way has arrived (an end
-// packet behind it on the same flow says so, for at most five seconds), and
+// packet behind it on the same flow says so, for at most half a minute), and
 // returns the ledger. It may be called once.
 func (s *Stream) Stop() Ledger {
 	close(s.stop)
-	deadline := time.After(5 * time.Second)
+	deadline := time.After(endPatience)
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 wait:
@@ -158,6 +176,8 @@ func (s *Stream) send() {
 	buf := make([]byte, s.conf.Size)
 	start := time.Now()
 	var seq, credit uint64
+	perTick := catchUp*s.conf.Rate/1000 + 1
+	debt := uint64(maxDebt.Seconds() * float64(s.conf.Rate))
 	for {
 		select {
 		case <-s.stop:
@@ -165,7 +185,8 @@ func (s *Stream) send() {
 		case <-tick.C:
 		}
 		due := uint64(time.Since(start).Seconds() * float64(s.conf.Rate))
-		for n := 0; credit < due && n < burst; n++ {
+		credit = max(credit, due-min(due, debt))
+		for n := 0; credit < due && n < perTick; n++ {
 			credit++
 			if err := s.write(buf, seq, kindData); err != nil {
 				s.refused.Add(1)
