@@ -136,6 +136,21 @@ func (c EtcdConfig) secure() bool {
 }
 
 // checkEndpoints trims the endpoints and gives each a scheme.
+// Check says what is wrong with the values by themselves: no file is read and
+// nothing is connected.
+func (c EtcdConfig) Check() error {
+	if _, err := checkEndpoints(c); err != nil {
+		return fmt.Errorf("lease: %w", err)
+	}
+	if (c.Username == "") != (c.Password == "") {
+		return errors.New("lease: etcd user name and password must be given together: --etcd-username and --etcd-password")
+	}
+	if (c.CertFile == "") != (c.KeyFile == "") {
+		return errors.New("lease: etcd client certificate and key must be given together: --etcd-certfile and --etcd-keyfile")
+	}
+	return nil
+}
+
 func checkEndpoints(cfg EtcdConfig) ([]string, error) {
 	const example = "write for example http://127.0.0.1:2379"
 	var out []string

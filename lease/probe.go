@@ -34,9 +34,6 @@ const (
 // tls reads the certificate files; nil means plain connections. The client
 // certificate is read again at each handshake, so that it can be renewed.
 func (c EtcdConfig) tls() (*tls.Config, error) {
-	if (c.CertFile == "") != (c.KeyFile == "") {
-		return nil, errors.New("etcd client certificate and key must be given together: --etcd-certfile and --etcd-keyfile")
-	}
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.CAFile != "" {
 		pem, err := os.ReadFile(c.CAFile)

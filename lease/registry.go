@@ -95,13 +95,10 @@ func Open(cfg EtcdConfig) (*Registry, error) {
 	if cfg.DialTimeout == 0 {
 		cfg.DialTimeout = 2 * time.Second
 	}
-	var err error
-	if cfg.Endpoints, err = checkEndpoints(cfg); err != nil {
-		return nil, fmt.Errorf("lease: %w", err)
+	if err := cfg.Check(); err != nil {
+		return nil, err
 	}
-	if (cfg.Username == "") != (cfg.Password == "") {
-		return nil, errors.New("lease: etcd user name and password must be given together: --etcd-username and --etcd-password")
-	}
+	cfg.Endpoints, _ = checkEndpoints(cfg)
 	if _, err := cfg.tls(); err != nil {
 		return nil, fmt.Errorf("lease: %w", err)
 	}

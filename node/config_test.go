@@ -11,6 +11,11 @@ import (
 func TestBadConfigsAreRefusedByNameAndValue(t *testing.T) {
 	for want, change := range map[string]func(*Config){
 		"--public-ip fe80::1: expected an IPv4 address":        func(c *Config) { c.PublicIP = "fe80::1" },
+		"--iface-can-reach 10.0.0: expected an IPv4 address":   func(c *Config) { c.IfaceCanReach = "10.0.0" },
+		"--iface-can-reach fd00::1: expected an IPv4 address":  func(c *Config) { c.IfaceCanReach = "fd00::1" },
+		"lease: etcd endpoint \"ftp://10.0.0.5:2379\"":         func(c *Config) { c.EtcdEndpoints = []string{"ftp://10.0.0.5:2379"} },
+		"lease: etcd user name and password must":              func(c *Config) { c.EtcdUsername = "root" },
+		"lease: etcd client certificate and key must":          func(c *Config) { c.EtcdKeyFile = "key.pem" },
 		"--mtu big: expected max or":                           func(c *Config) { c.MTU = "big" },
 		"--iface-regex (: ":                                    func(c *Config) { c.IfaceRegex = []string{"("} },
 		"--lease-ttl 1s: expected 5s or more":                  func(c *Config) { c.LeaseTTL = time.Second },

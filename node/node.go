@@ -37,6 +37,7 @@ import (
 
 	"tweed/capture"
 	"tweed/encap"
+	"tweed/lease"
 )
 
 // Defaults of Config fields that are left zero.
@@ -102,6 +103,12 @@ func New(cfg Config) (*Node, error) {
 	if n.mtu, err = parseMTU(cfg.MTU); err != nil {
 		return nil, err
 	}
+	if err := etcdConfig(&cfg).Check(); err != nil {
+		return nil, err
+	}
+	if ip, err := netip.ParseAddr(cfg.IfaceCanReach); cfg.IfaceCanReach != "" && (err != nil || !ip.Is4()) {
+		return nil, fmt.Errorf("--iface-can-reach %s: expected an IPv4 address", cfg.IfaceCanReach)
+	}
 	n.choice = ifaceChoice{names: cfg.Iface, regexps: cfg.IfaceRegex, canReach: cfg.IfaceCanReach}
 	if cfg.PublicIP != "" {
 		ip, err := netip.ParseAddr(cfg.PublicIP)
@@ -135,6 +142,15 @@ func (n *Node) Run(ctx context.Context) error {
 	r := &runner{Node: n}
 	defer r.cleanup()
 	return r.run(ctx)
+}
+
+// etcdConfig is the part of the configuration that says how to reach etcd.
+func etcdConfig(c *Config) lease.EtcdConfig {
+	return lease.EtcdConfig{
+		Endpoints: c.EtcdEndpoints, Prefix: c.EtcdPrefix,
+		CertFile: c.EtcdCertFile, KeyFile: c.EtcdKeyFile, CAFile: c.EtcdCAFile,
+		Username: c.EtcdUsername, Password: c.EtcdPassword,
+	}
 }
 
 func applyDefaults(c *Config) {

@@ -177,12 +177,9 @@ func (r *runner) prepare() error {
 	if err := r.lockTUNName(); err != nil {
 		return err
 	}
-	r.reg, err = lease.Open(lease.EtcdConfig{
-		Endpoints: r.cfg.EtcdEndpoints, Prefix: r.cfg.EtcdPrefix,
-		CertFile: r.cfg.EtcdCertFile, KeyFile: r.cfg.EtcdKeyFile, CAFile: r.cfg.EtcdCAFile,
-		Username: r.cfg.EtcdUsername, Password: r.cfg.EtcdPassword, Log: r.log,
-	})
-	if err != nil {
+	etcd := etcdConfig(&r.cfg)
+	etcd.Log = r.log
+	if r.reg, err = lease.Open(etcd); err != nil {
 		return err
 	}
 	r.undo(func() { r.reg.Close() })

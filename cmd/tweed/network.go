@@ -63,14 +63,18 @@ func (e *etcdCommand) register(cmd *cobra.Command) {
 // deadline.
 func (e *etcdCommand) do(cmd *cobra.Command, f func(context.Context, *lease.Registry) error) error {
 	cfg := e.flags.Etcd()
-	r, err := lease.Open(lease.EtcdConfig{
+	etcd := lease.EtcdConfig{
 		Endpoints: cfg.EtcdEndpoints, Prefix: cfg.EtcdPrefix,
 		CertFile: cfg.EtcdCertFile, KeyFile: cfg.EtcdKeyFile, CAFile: cfg.EtcdCAFile,
 		Username: cfg.EtcdUsername, Password: cfg.EtcdPassword,
 		Log: slog.New(slog.DiscardHandler),
-	})
-	if err != nil {
+	}
+	if err := etcd.Check(); err != nil {
 		return newUsageError(cmd, err)
+	}
+	r, err := lease.Open(etcd)
+	if err != nil {
+		return err
 	}
 	defer r.Close()
 	return f(cmd.Context(), r)
