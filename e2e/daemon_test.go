@@ -189,7 +189,7 @@ func assertTraffic(t *testing.T, a, b host, bytes int, sizes []int) {
 
 func assertPing(t *testing.T, from, to host, size int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if _, err := probe.Ping(ctx, from.ns, from.addr, to.addr, size); err != nil {
 		t.Fatalf("%s to %s, %d bytes: %v", from.name, to.name, size, err)

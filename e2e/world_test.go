@@ -29,7 +29,7 @@ import (
 
 // patience bounds every wait. It is generous: what takes how long is measured
 // elsewhere, here it only has to happen.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 const prefix = "/coreos.com/network"
 

@@ -13,7 +13,7 @@ import (
 // Two nodes of an overlay in one program: a server on one, a client on the
 // other, real UDP between them, and no privilege.
 func Example() {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 
 	network, err := inproc.NewNetwork(inproc.NetworkConfig{})

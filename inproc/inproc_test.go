@@ -19,7 +19,7 @@ import (
 
 func deadline(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -89,7 +89,7 @@ func echo(t *testing.T, n *netstack.Net) (tcp, udp string) {
 func exchange(t *testing.T, c net.Conn, size int) {
 	t.Helper()
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	text := strings.Repeat("0123456789abcdef", size/16)
 	go c.Write([]byte(text))
 	got := make([]byte, len(text))

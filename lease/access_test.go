@@ -8,6 +8,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"math/big"
 	"net"
 	"os"
@@ -132,20 +133,29 @@ func TestTLSWithACAFileAlone(t *testing.T) {
 	}
 	defer r.Close()
 	r.readTimeout = 500 * time.Millisecond
-	if _, err := r.ReadNetworkConfig(t.Context()); !errors.Is(err, ErrAccess) || !strings.Contains(err.Error(), "it wants TLS: write https://") {
-		t.Errorf("plain HTTP: got %v", err)
-	}
+	eventually(t, func() string {
+		if _, err := r.ReadNetworkConfig(t.Context()); !errors.Is(err, ErrAccess) || !strings.Contains(err.Error(), "it wants TLS: write https://") {
+			return fmt.Sprintf("plain HTTP: got %v", err)
+		}
+		return ""
+	})
 	// The right CA is put in place under a registry that is open: no restart.
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	copyFile(t, theirs.file, file)
 	r = open(EtcdConfig{CAFile: file})
-	if _, err := r.ReadNetworkConfig(t.Context()); !errors.Is(err, ErrAccess) {
-		t.Errorf("wrong CA: got %v", err)
-	}
+	eventually(t, func() string {
+		if _, err := r.ReadNetworkConfig(t.Context()); !errors.Is(err, ErrAccess) {
+			return fmt.Sprintf("wrong CA: got %v", err)
+		}
+		return ""
+	})
 	copyFile(t, ours.file, file)
-	if _, err := r.ReadNetworkConfig(t.Context()); err != nil {
-		t.Errorf("after the CA file was replaced: %v", err)
-	}
+	eventually(t, func() string {
+		if _, err := r.ReadNetworkConfig(t.Context()); err != nil {
+			return fmt.Sprintf("after the CA file was replaced: %v", err)
+		}
+		return ""
+	})
 }
 
 func TestTLSClientCertificatesAndBadServerCertificates(t *testing.T) {
@@ -174,10 +184,13 @@ func TestTLSClientCertificatesAndBadServerCertificates(t *testing.T) {
 		}
 		defer r.Close()
 		r.readTimeout = time.Second
-		_, _, err = r.ListLeases(t.Context())
-		if tc.want == "" && err != nil || tc.want != "" && (!errors.Is(err, ErrAccess) || !strings.Contains(err.Error(), tc.want)) {
-			t.Errorf("%+v: got %v, want %s", tc.cfg, err, tc.want)
-		}
+		eventually(t, func() string {
+			_, _, err := r.ListLeases(t.Context())
+			if tc.want == "" && err != nil || tc.want != "" && (!errors.Is(err, ErrAccess) || !strings.Contains(err.Error(), tc.want)) {
+				return fmt.Sprintf("%+v: got %v, want %s", tc.cfg, err, tc.want)
+			}
+			return ""
+		})
 	}
 }
 

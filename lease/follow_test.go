@@ -231,9 +231,9 @@ func TestWatchOnAQuietEtcdIsNotTakenForDead(t *testing.T) {
 	w := newWorldAt(t, ownEtcd(t, nil).endpoint)
 	w.config(config16)
 	m := w.node(1)
-	m.timing.stall = 400 * time.Millisecond
+	m.timing.stall = 2 * time.Second
 	r := w.run(m)
-	time.Sleep(2 * time.Second)
+	time.Sleep(3 * m.timing.stall)
 	if s := r.State(); !s.Connected || s.Counters.WatchStalls != 0 || s.Counters.WatchRestarts != 0 || s.Counters.Relists != 1 {
 		t.Errorf("state %+v", s)
 	}
@@ -325,7 +325,7 @@ func TestEtcdThatLostEverythingRemovesNobodyAtOnce(t *testing.T) {
 	link := newLink(t, w.endpoint)
 	server.cut = link.cut
 	m := w.node(1, func(c *ManagerConfig) { c.Registry = w.registryAt(link.endpoint) })
-	m.timing.mergeHold = 2 * time.Second
+	m.timing.mergeHold = 6 * time.Second
 	r := w.run(m)
 	r.until("the peer", hasPeer("10.77.2.0/24"))
 	server.dir = t.TempDir()
@@ -497,7 +497,7 @@ func TestStalledConsumerGetsTheLastState(t *testing.T) {
 	}
 	select {
 	case <-r.Updates():
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Error("no signal is pending")
 	}
 	if s := r.State(); len(s.Peers) != 10 {

@@ -22,6 +22,9 @@ import (
 	"go.uber.org/zap"
 )
 
+// patience bounds every wait. It is generous: it only has to happen.
+const patience = time.Minute
+
 // sharedEtcd is the etcd of all tests that do not stop, fill or secure theirs;
 // each test has a prefix of its own in it.
 var sharedEtcd *etcdServer
@@ -95,7 +98,7 @@ func (s *etcdServer) start(peer string, change func(*embed.Config)) error {
 	}
 	select {
 	case <-server.Server.ReadyNotify():
-	case <-time.After(30 * time.Second):
+	case <-time.After(patience):
 		server.Close()
 		return fmt.Errorf("etcd at %s is not ready", s.endpoint)
 	}
@@ -204,7 +207,7 @@ func plainClient(t *testing.T, endpoint string) *clientv3.Client {
 }
 
 func (w *world) ctx() context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	w.t.Cleanup(cancel)
 	return ctx
 }
@@ -326,6 +329,22 @@ func (w *world) node(i int, change ...func(*ManagerConfig)) *Manager {
 	return m
 }
 
+// eventually repeats what a busy machine may make run into a short deadline,
+// until it reports no fault.
+func eventually(t *testing.T, attempt func() (fault string)) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; {
+		fault := attempt()
+		if fault == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Error(fault)
+			return
+		}
+	}
+}
+
 func testIP(i int) netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}) }
 
 func withTTL(d time.Duration) func(*ManagerConfig) { return func(c *ManagerConfig) { c.TTL = d } }
@@ -363,7 +382,7 @@ func (w *world) rerun(m *Manager) *running {
 			if err != nil {
 				w.t.Errorf("run: %v", err)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(patience):
 			w.t.Error("run does not end")
 		}
 	})
@@ -375,7 +394,7 @@ func (w *world) rerun(m *Manager) *running {
 // until waits for a state.
 func (r *running) until(what string, good func(State) bool) State {
 	r.t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(patience)
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {

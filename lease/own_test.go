@@ -68,9 +68,9 @@ func TestLeaseIsKeptAliveWithoutBeingWritten(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.config(config16)
-	r := w.run(w.node(1, withTTL(2*time.Second)))
+	r := w.run(w.node(1, withTTL(6*time.Second)))
 	own := r.State().Own
-	time.Sleep(5 * time.Second) // more than twice the time to live
+	time.Sleep(13 * time.Second) // more than twice the time to live
 	r.caughtUp(w)
 	if events := w.history(subnetKey(own.Subnet)); len(events) != 1 {
 		t.Errorf("the key saw %d events", len(events))

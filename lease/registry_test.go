@@ -176,11 +176,14 @@ func TestUnreachableEtcdIsExplained(t *testing.T) {
 	} {
 		r := w.registryAt(tc.endpoint)
 		r.readTimeout = 300 * time.Millisecond
-		_, err := r.ReadNetworkConfig(w.ctx())
-		var etcd *EtcdError
-		if !errors.As(err, &etcd) || !strings.Contains(err.Error(), tc.want) || errors.Is(err, ErrAccess) != tc.access || strings.Contains(err.Error(), "\n") {
-			t.Errorf("%s: got %v, want %s", tc.endpoint, err, tc.want)
-		}
+		eventually(t, func() string {
+			_, err := r.ReadNetworkConfig(w.ctx())
+			var etcd *EtcdError
+			if !errors.As(err, &etcd) || !strings.Contains(err.Error(), tc.want) || errors.Is(err, ErrAccess) != tc.access || strings.Contains(err.Error(), "\n") {
+				return fmt.Sprintf("%s: got %v, want %s", tc.endpoint, err, tc.want)
+			}
+			return ""
+		})
 	}
 }
 
@@ -307,7 +310,7 @@ func TestAwaitConfigWaitsThroughWhatMayPass(t *testing.T) {
 	}()
 	waitFor := func(problem string) {
 		t.Helper()
-		deadline := time.Now().Add(10 * time.Second)
+		deadline := time.Now().Add(patience)
 		for !strings.Contains(m.Problem(), problem) {
 			if time.Now().After(deadline) {
 				t.Fatalf("problem is %q, want %s", m.Problem(), problem)

@@ -216,7 +216,7 @@ func TestLauncherChildrenEndWithTheProgram(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.Close()
-	r.SetReadDeadline(time.Now().Add(10 * time.Second))
+	r.SetReadDeadline(time.Now().Add(time.Minute))
 	if _, err := io.ReadFull(r, make([]byte, len(launched))); err != nil {
 		t.Fatal(err)
 	}

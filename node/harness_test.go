@@ -20,6 +20,9 @@ import (
 	"tweed/tun"
 )
 
+// patience bounds every wait. It is generous: it only has to happen.
+const patience = time.Minute
+
 // testPrefix is the etcd prefix of every test; each has its own etcd.
 const testPrefix = "/coreos.com/network"
 
@@ -56,7 +59,7 @@ func (te *testEtcd) start() {
 	te.e = e
 	select {
 	case <-e.Server.ReadyNotify():
-	case <-time.After(60 * time.Second):
+	case <-time.After(patience):
 		te.t.Fatal("etcd did not start")
 	}
 	te.endpoint.Host = e.Clients[0].Addr().String()
@@ -86,7 +89,7 @@ func (te *testEtcd) setNetwork(config string) {
 	if err != nil {
 		te.t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := te.registry().WriteNetworkConfig(ctx, cfg); err != nil {
 		te.t.Fatal(err)
@@ -95,7 +98,7 @@ func (te *testEtcd) setNetwork(config string) {
 
 func (te *testEtcd) leases() []lease.Lease {
 	te.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	ls, _, err := te.registry().ListLeases(ctx)
 	if err != nil {
@@ -169,7 +172,7 @@ func up(t *testing.T, ns *netns.Namespace, cfg Config) *testNode {
 	case <-tn.Ready():
 	case err := <-tn.ended:
 		t.Fatalf("node ended: %v", err)
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		t.Fatalf("node is not ready: %+v", tn.status())
 	}
 	return tn
@@ -181,7 +184,7 @@ func (tn *testNode) stop() error {
 	select {
 	case err := <-tn.ended:
 		return err
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		tn.t.Fatal("node does not stop")
 		return nil
 	}
@@ -199,7 +202,7 @@ func (tn *testNode) get() Status {
 // until waits for a condition on the status.
 func (tn *testNode) until(what string, ok func(Status) bool) Status {
 	tn.t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		s := tn.get()
 		if ok(s) {
@@ -259,14 +262,12 @@ func (tn *testNode) echo() netip.AddrPort {
 
 // reach sends datagrams from the node's overlay address until one is answered.
 func (tn *testNode) reach(to netip.AddrPort, size int) error {
-	var err error
-	for range 100 {
-		if err = tn.tryReach(to, size); err == nil {
-			return nil
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		err := tn.tryReach(to, size)
+		if err == nil || time.Now().After(deadline) {
+			return err
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
-	return err
 }
 
 func (tn *testNode) tryReach(to netip.AddrPort, size int) error {

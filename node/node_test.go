@@ -268,7 +268,7 @@ func TestFailedStartsLeaveNothing(t *testing.T) {
 			var err error
 			select {
 			case err = <-tn.ended:
-			case <-time.After(20 * time.Second):
+			case <-time.After(patience):
 				t.Fatalf("node goes on: %+v", tn.status())
 			}
 			if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {

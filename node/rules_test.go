@@ -95,21 +95,20 @@ func TestIptablesRulesAreKeptInForce(t *testing.T) {
 	if err := k.set(testRules()); err != nil {
 		t.Fatal(err)
 	}
-	nat := func() string { return list(t, ns, "iptables", "-t", "nat", "-S") }
+	nat := func() string { return list(t, ns, "iptables", "-w", "-t", "nat", "-S") }
 	before := nat()
 	if !strings.Contains(before, `-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG`) ||
 		strings.Count(before, "-A FLANNEL-POSTRTG ") != 6 {
 		t.Errorf("nat rules:\n%s", before)
 	}
-	if f := list(t, ns, "iptables", "-S"); strings.Count(f, "-A FLANNEL-FWD ") != 2 || !strings.Contains(f, "-A FORWARD -m comment") {
+	if f := list(t, ns, "iptables", "-w", "-S"); strings.Count(f, "-A FLANNEL-FWD ") != 2 || !strings.Contains(f, "-A FORWARD -m comment") {
 		t.Errorf("filter rules:\n%s", f)
 	}
-	list(t, ns, "iptables", "-t", "nat", "-F", "FLANNEL-POSTRTG")
-	for range 500 {
-		if k.current().Restored > 0 {
-			break
+	list(t, ns, "iptables", "-w", "-t", "nat", "-F", "FLANNEL-POSTRTG")
+	for deadline := time.Now().Add(patience); k.current().Restored == 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("flushed rules are not restored")
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 	if after := nat(); after != before {
 		t.Errorf("flushed rules became:\n%s", after)

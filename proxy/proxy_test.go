@@ -75,7 +75,7 @@ func socksDial(t *testing.T, server string, cmd byte, address []byte) (net.Conn,
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	c.Write([]byte{5, 2, 2, 0})
 	c.Write(append([]byte{5, cmd, 0}, address...))
 	var greet [2]byte
@@ -155,7 +155,7 @@ func TestSOCKSCarriesDatagrams(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	for _, text := range []string{"one", "two"} {
 		c.Write(append(appendSocksAddr([]byte{0, 0, 0}, echo.LocalAddr()), text...))
 		b := make([]byte, 2048)
@@ -177,7 +177,7 @@ func TestHTTPConnectsAndForwards(t *testing.T) {
 	h := ServeHTTP(listener(t), toEcho(addr, &asked), nil)
 	closing(t, h)
 	proxyURL := &url.URL{Scheme: "http", Host: h.Addr().String()}
-	client := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(proxyURL)}, Timeout: 20 * time.Second}
+	client := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(proxyURL)}, Timeout: time.Minute}
 	defer client.CloseIdleConnections()
 	resp, err := client.Get("http://overlay.example/path")
 	if err != nil {
