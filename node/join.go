@@ -146,6 +146,7 @@ func (r *runner) startCached() error {
 const (
 	sourceEtcd     = "etcd"
 	sourceSnapshot = "snapshot"
+	sourceHeld     = "held"
 )
 
 // join puts a lease just acquired in force and starts to follow the others.
@@ -260,7 +261,15 @@ func (r *runner) ruleSet(cfg lease.NetworkConfig, subnet netip.Prefix) ruleSet {
 // file, readiness, in flannel's order. Each is touched only when it changes.
 func (r *runner) announce() {
 	if set := r.ruleSet(r.overlay.cfg, r.own.Subnet); set != r.rulesSet {
-		_ = r.rules.set(set) // logged and shown by the keeper, which goes on trying
+		// Errors are logged and shown by the keeper, which goes on trying.
+		applied := r.rules.set(set)
+		if r.rulesSet == (ruleSet{}) {
+			select {
+			case <-applied:
+			case <-time.After(firstRules):
+				r.log.Warn("traffic rules are not in force yet: another program holds the lock of iptables, or it hangs", "waited", firstRules)
+			}
+		}
 		r.rulesSet = set
 		if set.mode() == "iptables" && !bridgeFiltered() {
 			r.log.Info("bridged packets do not pass iptables: load br_netfilter if containers of one host use a bridge", "missing", bridgeCall)

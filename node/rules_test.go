@@ -1,8 +1,11 @@
 package node
 
 import (
+	"errors"
 	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -92,7 +95,7 @@ func TestIptablesRulesAreKeptInForce(t *testing.T) {
 	defer ns.Close()
 	k := startRules(ns, time.Second, quiet())
 	defer k.close()
-	if err := k.set(testRules()); err != nil {
+	if err := <-k.set(testRules()); err != nil {
 		t.Fatal(err)
 	}
 	nat := func() string { return list(t, ns, "iptables", "-w", "-t", "nat", "-S") }
@@ -115,12 +118,55 @@ func TestIptablesRulesAreKeptInForce(t *testing.T) {
 	}
 	grown := testRules()
 	grown.network = netip.MustParsePrefix("10.240.0.0/12")
-	if err := k.set(grown); err != nil {
+	if err := <-k.set(grown); err != nil {
 		t.Fatal(err)
 	}
 	if s := nat(); strings.Contains(s, "10.244.0.0/16") || strings.Count(s, "-A POSTROUTING") != 1 {
 		t.Errorf("rules of a grown network:\n%s", s)
 	}
+}
+
+// TestRulesThatCannotBeSetDelayNothing: another program holds the lock of
+// iptables all the time. The start waits a moment; leases, a wider network and
+// the end do not wait at all.
+func TestRulesThatCannotBeSetDelayNothing(t *testing.T) {
+	dir := t.TempDir()
+	lock := filepath.Join(dir, "xtables.lock")
+	script := "#!/bin/sh\n[ \"$1\" = --version ] && echo 'iptables v1.8.9 (legacy)' && exit\nwhile [ -e " + lock + " ]; do sleep 0.1; done\n"
+	err := os.WriteFile(lock, nil, 0o600)
+	for _, name := range []string{"iptables", "iptables-restore"} {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+
+	te := startEtcd(t)
+	te.setNetwork(`{"Network":"10.64.0.0/16"}`)
+	l := lan(t, netns.LANConfig{Nodes: 2})
+	cfg := baseConfig(t, te, "a")
+	cfg.IPTablesForward = true
+	a := up(t, l.Nodes[0], cfg)
+	b := up(t, l.Nodes[1], baseConfig(t, te, "b"))
+	a.untilPeers(1)
+	te.setNetwork(`{"Network":"10.64.0.0/12"}`)
+	a.until("the wider network", func(s Status) bool { return s.Network.Network.Bits() == 12 })
+	b.until("the wider network", func(s Status) bool { return s.Network.Network.Bits() == 12 })
+	if err := a.reach(b.echo(), 100); err != nil {
+		t.Error(err)
+	}
+	if s := a.get(); s.Rules.Mode != "none" {
+		t.Errorf("%+v: in force although the lock is held", s.Rules)
+	}
+	if err := a.stop(); err != nil {
+		t.Error(err)
+	}
+	a = up(t, l.Nodes[0], cfg)
+	if err := os.Remove(lock); err != nil {
+		t.Fatal(err)
+	}
+	a.until("the rules", func(s Status) bool { return s.Rules.Forward && s.Rules.Problem == "" })
 }
 
 func TestNftablesRulesAreWritten(t *testing.T) {
@@ -135,7 +181,7 @@ func TestNftablesRulesAreWritten(t *testing.T) {
 	s := testRules()
 	s.nft = true
 	for range 2 { // a second time replaces, it does not add
-		if err := k.set(s); err != nil {
+		if err := <-k.set(s); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -9,19 +9,30 @@ import (
 	"tweed/netns"
 )
 
+const (
+	// firstRules is how long a start waits for the traffic rules: who waits for
+	// its readiness expects them. Later nobody waits.
+	firstRules = 2 * time.Second
+	// closeRules is how long the end waits for a program that waits for a lock.
+	closeRules = time.Second
+)
+
 // rulesKeeper keeps the traffic rules in force, in a goroutine of its own
-// because iptables may wait seconds for its lock.
+// because iptables may wait seconds for its lock, or for ever.
 type rulesKeeper struct {
 	log    *slog.Logger
 	resync time.Duration
 
-	want chan rulesRequest
+	wake chan struct{} // a set is wanted
+	stop chan struct{}
 	done chan struct{}
 
 	mu     sync.Mutex
+	want   *rulesRequest // the newest, nil once it is taken
 	status RulesStatus
 }
 
+// rulesRequest is a set of rules and where the error of the attempt goes.
 type rulesRequest struct {
 	set  ruleSet
 	done chan error
@@ -30,31 +41,51 @@ type rulesRequest struct {
 func startRules(home *netns.Namespace, resync time.Duration, log *slog.Logger) *rulesKeeper {
 	k := &rulesKeeper{
 		log: log, resync: resync,
-		want: make(chan rulesRequest), done: make(chan struct{}),
+		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 		status: RulesStatus{Mode: "none"},
 	}
 	goIn(home, k.run)
 	return k
 }
 
-// set puts s in force and returns the error of the attempt; a missing one is
-// repeated with every resync.
-func (k *rulesKeeper) set(s ruleSet) error {
-	r := rulesRequest{set: s, done: make(chan error, 1)}
-	k.want <- r
-	return <-r.done
+// set says what shall be in force and does not wait for it. The channel delivers
+// the error of the attempt, which is also in the status; what failed is tried
+// again with every resync. A set that a newer one overtakes is never tried.
+func (k *rulesKeeper) set(s ruleSet) <-chan error {
+	r := &rulesRequest{set: s, done: make(chan error, 1)}
+	k.mu.Lock()
+	k.want = r
+	k.mu.Unlock()
+	select {
+	case k.wake <- struct{}{}:
+	default:
+	}
+	return r.done
 }
 
 // close stops keeping; the rules stay, as flannel's do.
 func (k *rulesKeeper) close() {
-	close(k.want)
-	<-k.done
+	close(k.stop)
+	select {
+	case <-k.done:
+	case <-time.After(closeRules):
+		k.log.Warn("a program that sets traffic rules still waits for a lock and is left alone")
+	}
 }
 
 func (k *rulesKeeper) current() RulesStatus {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.status
+}
+
+// taken returns what is wanted, nil if there is nothing new.
+func (k *rulesKeeper) taken() *rulesRequest {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r := k.want
+	k.want = nil
+	return r
 }
 
 func (k *rulesKeeper) run(nsErr error) {
@@ -64,9 +95,12 @@ func (k *rulesKeeper) run(nsErr error) {
 	defer tick.Stop()
 	for {
 		select {
-		case r, ok := <-k.want:
-			if !ok {
-				return
+		case <-k.stop:
+			return
+		case <-k.wake:
+			r := k.taken()
+			if r == nil {
+				continue
 			}
 			set = r.set
 			err := nsErr
