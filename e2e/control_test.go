@@ -2,16 +2,21 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"golang.org/x/sys/unix"
 
 	"tweed/encap"
+	"tweed/netns"
 	"tweed/node"
+	"tweed/probe"
 )
 
 // TestMigrationToAnotherFraming: node 1 still runs udp, the config says vxlan,
@@ -146,26 +151,126 @@ func TestEtcdOutage(t *testing.T) {
 	}
 	assertClean(t, s)
 	assertNoDrops(t, a, b)
+}
 
-	// Our own lease deleted: forwarding goes on and the same subnet is taken back.
-	s = stream(t, a.host(), b.host())
+// TestLeaseOfALivingNodeDeleted: an operator deletes what is in use. The node
+// takes the same subnet back, and the others lose nothing meanwhile.
+func TestLeaseOfALivingNodeDeleted(t *testing.T) {
+	w := newWorld(t, 2)
+	w.config(vxlanConfig)
+	a, b := w.up(0), w.up(1)
+	awaitPeers(1, a, b)
+	to, back := stream(t, a.host(), b.host()), stream(t, b.host(), a.host())
+	awaitFlow(w, to, 200)
 	key, before := leaseKey(a), a.status().Lease.Subnet
-	if _, err := w.client.Delete(t.Context(), key); err != nil {
+	for i := range 10 {
+		if _, err := w.client.Delete(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+		a.await("the lease is taken back", func(s node.Status) bool {
+			return s.Counters.LeaseRetaken == uint64(i+1) && s.Lease.State == "held" && s.Lease.Subnet == before
+		})
+		awaitFlow(w, to, 100)
+		awaitFlow(w, back, 100)
+	}
+	awaitPeers(1, a, b)
+	assertClean(t, to)
+	assertClean(t, back)
+	assertNoDrops(t, a, b)
+
+	// A node that does not come back is shown for what it is, and gives way to
+	// another one at once.
+	const foreign = prefix + "/subnets/10.244.200.0-24"
+	w.put(foreign, vxlanLease("192.0.2.200", "02:00:00:00:00:01"))
+	awaitPeers(2, a, b)
+	if _, err := w.client.Delete(t.Context(), foreign); err != nil {
 		t.Fatal(err)
 	}
-	w.await("the lease is back", func() bool { _, ok := w.keys()[key]; return ok })
-	a.await("the lease is held", func(s node.Status) bool { return s.Lease.State == "held" && s.Lease.Subnet == before })
-	awaitPeers(2, a, b)
-	awaitFlow(w, s, 200)
-	if l := s.Stop(); l.Duplicated != 0 || l.Corrupted != 0 {
-		t.Error(l)
-	} else {
-		t.Logf("own lease deleted: %s", l)
-	}
+	w.await("tweed peers shows it as held", func() bool {
+		_, out, _ := run(t, tweedBin, "peers", "--state-dir", a.dir)
+		return regexp.MustCompile(`(?m)^10\.244\.200\.0/24 .*held`).MatchString(out)
+	})
+	w.put(foreign, vxlanLease("192.0.2.201", "02:00:00:00:00:02"))
+	awaitPeer(a, "10.244.200.0/24", "192.0.2.201:8472", "02:00:00:00:00:02")
+	awaitPeer(b, "10.244.200.0/24", "192.0.2.201:8472", "02:00:00:00:00:02")
 }
 
 func vxlanLease(ip, mac string) string {
 	return fmt.Sprintf(`{"PublicIP":%q,"PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":%q}}`, ip, mac)
+}
+
+// TestUnderlayAddressChanges: the address of node 1 is replaced as by DHCP, the
+// one its sockets, its lease and its connection to etcd stand on. The subnet
+// stays, and the others follow.
+func TestUnderlayAddressChanges(t *testing.T) {
+	for framing, config := range map[string]string{"udp": udpConfig, "vxlan": vxlanConfig} {
+		t.Run(framing, func(t *testing.T) {
+			w := newWorld(t, 2)
+			w.config(config)
+			a, b := w.up(0), w.up(1)
+			awaitPeers(1, a, b)
+			before := a.status()
+			to, back := stream(t, a.host(), b.host()), stream(t, b.host(), a.host())
+			awaitFlow(w, to, 100)
+			next := netip.MustParseAddr("192.0.2.111")
+			replaceAddress(t, a, next)
+			after := a.await("the new address", func(s node.Status) bool {
+				return s.Underlay.Address == next && s.Lease.PublicIP == next && s.Etcd.Connected && len(s.Problems) == 0
+			})
+			if after.Lease.Subnet != before.Lease.Subnet || after.Device != before.Device {
+				t.Errorf("lease %+v and device %+v, were %+v and %+v", after.Lease, after.Device, before.Lease, before.Device)
+			}
+			awaitPeer(b, before.Lease.Subnet.String(), netip.AddrPortFrom(next, before.Listen[0].Addr.Port()).String(), macOf(before))
+			awaitFlow(w, to, 500)
+			awaitFlow(w, back, 500)
+			for _, s := range []*probe.Stream{to, back} {
+				l := s.Stop()
+				t.Logf("over the change: %s", l)
+				if l.Duplicated != 0 || l.Corrupted != 0 {
+					t.Error(l)
+				}
+			}
+			// From now on nothing is lost, and changes arrive.
+			w.put(prefix+"/subnets/10.244.200.0-24", `{"PublicIP":"192.0.2.200","PublicIPv6":null}`)
+			awaitPeers(2, a, b)
+			to = stream(t, a.host(), b.host())
+			awaitFlow(w, to, 500)
+			assertClean(t, to)
+			assertBalance(t, a)
+			assertBalance(t, b)
+		})
+	}
+}
+
+// macOf is the VTEP MAC peers show for a node, none in the udp framing.
+func macOf(s node.Status) string {
+	if s.Framing == encap.FramingUDP {
+		return ""
+	}
+	return s.Node.VtepMAC
+}
+
+// replaceAddress takes the address of the node's underlay interface away and then
+// gives it another one.
+func replaceAddress(t *testing.T, e *daemon, next netip.Addr) {
+	t.Helper()
+	netlinkIn(t, e.ns, func(h *netlink.Handle) {
+		link, err := h.LinkByName(netns.LANInterface)
+		if err != nil {
+			t.Fatal(err)
+		}
+		addrs, err := h.AddrList(link, netlink.FAMILY_V4)
+		if err != nil || len(addrs) != 1 {
+			t.Fatal(addrs, err)
+		}
+		if err := h.AddrDel(link, &addrs[0]); err != nil {
+			t.Fatal(err)
+		}
+		ones, size := addrs[0].Mask.Size()
+		if err := h.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: next.AsSlice(), Mask: net.CIDRMask(ones, size)}}); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // compact throws the history away up to now.

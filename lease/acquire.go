@@ -143,7 +143,7 @@ func (m *Manager) Acquire(ctx context.Context) (Lease, error) {
 		return Lease{}, err
 	}
 	me := claimant{
-		nodeID: m.cfg.NodeID, nodeName: m.cfg.NodeName, publicIP: m.cfg.PublicIP,
+		nodeID: m.cfg.NodeID, nodeName: m.cfg.NodeName, publicIP: m.address(),
 		previous: m.cfg.Previous, takeOver: m.cfg.TakeOver,
 	}
 	retry := m.newBackoff()
@@ -192,7 +192,7 @@ func (m *Manager) attrs(cfg NetworkConfig) Attrs {
 	if m.cfg.Attrs != nil {
 		a = m.cfg.Attrs(cfg)
 	}
-	a.PublicIP, a.NodeID, a.NodeName = m.cfg.PublicIP, m.cfg.NodeID, m.cfg.NodeName
+	a.PublicIP, a.NodeID, a.NodeName = m.address(), m.cfg.NodeID, m.cfg.NodeName
 	if a.BackendType == "" {
 		a.BackendType = BackendUDP
 	}

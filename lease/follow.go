@@ -106,6 +106,7 @@ func (m *Manager) applyList(snap listing) {
 	findings, changed := m.table.replace(snap.leases, snap.rev, time.Now().Before(m.mergeUntil))
 	m.clusterID = snap.clusterID
 	m.state.Counters.Relists++
+	mass := m.holdDeleted()
 	for _, f := range findings {
 		m.countFinding(f)
 	}
@@ -131,6 +132,7 @@ func (m *Manager) applyList(snap listing) {
 			"revision", snap.rev, "before", before, "hold", m.timing.mergeHold)
 	}
 	m.report(findings, note)
+	m.reportMass(mass)
 	if changed {
 		m.notify()
 	}
@@ -313,11 +315,13 @@ func (m *Manager) applyLeaseEvents(events []*mvccpb.Event) {
 			m.ownEvent(&kv)
 		}
 	}
+	mass := m.holdDeleted()
 	if changed {
 		m.built = nil
 	}
 	m.mu.Unlock()
 	m.report(findings, "")
+	m.reportMass(mass)
 	if changed {
 		m.notify()
 	}
@@ -427,6 +431,13 @@ func (m *Manager) report(findings []finding, note string) {
 	}
 	if note != "" {
 		m.log.Warn("network config", "note", strings.TrimPrefix(note, "lease: "))
+	}
+}
+
+// reportMass logs that most of the overlay was deleted.
+func (m *Manager) reportMass(n int) {
+	if n > 0 {
+		m.log.Warn("most leases were deleted at once; they are kept for now", "count", n, "hold", m.timing.massHold)
 	}
 }
 

@@ -1,6 +1,9 @@
 package lease
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
 
 // Lease is one node's claim of a subnet, as it stands in etcd.
 type Lease struct {
@@ -15,6 +18,10 @@ type Lease struct {
 	// Reservation says that the key is attached to no etcd lease: it stays until
 	// somebody deletes it.
 	Reservation bool
+	// HeldUntil is set when the key is gone from etcd but the lease is kept for a
+	// moment, until then at most, so that its node can take it back without losing
+	// packets. The zero time is any other lease.
+	HeldUntil time.Time
 }
 
 // Values of State.OwnStatus.
@@ -55,7 +62,8 @@ type State struct {
 	// empty while it is held.
 	OwnProblem string
 	// Peers are the usable leases of other nodes, sorted by subnet, without
-	// overlaps. The own lease is never among them.
+	// overlaps. The own lease is never among them. Those with HeldUntil are no
+	// longer in etcd.
 	Peers []Lease
 	// Ignored are the keys that are not used, sorted by key.
 	Ignored []Ignored

@@ -53,7 +53,7 @@ func (m *Manager) obstacle(now, next NetworkConfig) string {
 	case next.Network.Bits() > now.Network.Bits() || !next.Network.Contains(now.Network.Addr()):
 		return "the network can only grow while nodes run; " + restart
 	}
-	if err := m.checkNetwork(next); err != nil {
+	if err := checkNetwork(next, m.publicIP); err != nil {
 		return strings.TrimPrefix(err.Error(), "lease: network config: ")
 	}
 	for _, r := range m.table.records {

@@ -325,6 +325,7 @@ func (w *world) node(i int, change ...func(*ManagerConfig)) *Manager {
 	m := NewManager(cfg)
 	m.timing.progress = 100 * time.Millisecond
 	m.timing.stall = 3 * time.Second
+	m.timing.hold, m.timing.massHold = 0, 0 // what is deleted goes at once
 	m.timing.retryMin, m.timing.retryMax = 20*time.Millisecond, 200*time.Millisecond
 	return m
 }

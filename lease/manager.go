@@ -23,7 +23,8 @@ type ManagerConfig struct {
 	NodeID string
 	// NodeName is for people; characters that are not printable ASCII are replaced.
 	NodeName string
-	// PublicIP is the underlay address peers send to.
+	// PublicIP is the underlay address peers send to, as long as SetPublicIP says
+	// no other.
 	PublicIP netip.Addr
 	// TTL is how long the lease outlives the last renewal, at least 1 s; 0 means
 	// DefaultTTL.
@@ -65,11 +66,14 @@ type Manager struct {
 	configured bool   // state.Config was read
 	configRev  int64  // revision up to which the config key is known
 	clusterID  uint64 // of the last list
+	publicIP   netip.Addr
 	ownValue   []byte // what we last wrote to our key
+	nextValue  []byte // what we tried to write since, its fate unknown
 	spare      int64  // etcd lease granted for the own key and not used yet
 	adoptedAt  time.Time
 	mergeUntil time.Time       // until when a list does not remove leases
 	deleted    map[string]bool // keys deleted while an anti-entropy list is under way; nil otherwise
+	ended      bool            // Run is not running any more
 	watchError string
 	ownError   string
 }
@@ -83,6 +87,8 @@ type timing struct {
 	retryMax    time.Duration // longest pause between tries
 	renewMax    time.Duration // longest time between renewals
 	mergeHold   time.Duration // how long a rolled back etcd removes no lease
+	hold        time.Duration // how long a deleted lease is still used
+	massHold    time.Duration // the same when most of them are deleted
 }
 
 func defaultTiming() timing {
@@ -99,6 +105,10 @@ func defaultTiming() timing {
 		// its CPU.
 		renewMax:  10 * time.Minute,
 		mergeHold: time.Minute,
+		// A node that lives claims its subnet again within milliseconds, and within
+		// this if it has to find another way to etcd first.
+		hold:     10 * time.Second,
+		massHold: time.Minute,
 	}
 }
 
@@ -119,6 +129,8 @@ func NewManager(cfg ManagerConfig) *Manager {
 		updates: make(chan struct{}, 1),
 		kick:    make(chan struct{}, 1),
 		table:   newLeaseTable(),
+
+		publicIP: cfg.PublicIP,
 	}
 }
 
@@ -150,7 +162,7 @@ func (m *Manager) policy() policy {
 	return policy{
 		network:  m.state.Config.Network,
 		own:      m.state.Own.Subnet,
-		publicIP: m.cfg.PublicIP,
+		publicIP: m.publicIP,
 		nodeID:   m.cfg.NodeID,
 	}
 }
@@ -206,7 +218,7 @@ func (m *Manager) AwaitConfig(ctx context.Context) (NetworkConfig, error) {
 	for {
 		cfg, err := m.reg.ReadNetworkConfig(ctx)
 		if err == nil {
-			err = m.checkNetwork(cfg)
+			err = checkNetwork(cfg, m.address())
 		}
 		if err == nil {
 			m.trouble(&m.watchError, "", nil)
@@ -230,10 +242,10 @@ func (m *Manager) AwaitConfig(ctx context.Context) (NetworkConfig, error) {
 
 // checkNetwork refuses a network that covers our own underlay address: no other
 // node would take our lease for real.
-func (m *Manager) checkNetwork(cfg NetworkConfig) error {
-	if cfg.Network.Contains(m.cfg.PublicIP) {
+func checkNetwork(cfg NetworkConfig, publicIP netip.Addr) error {
+	if cfg.Network.Contains(publicIP) {
 		return fmt.Errorf("lease: network config: Network %s contains this node's public IP %s: overlay and underlay must be apart; "+
-			"choose another Network, or another address with --iface or --public-ip", cfg.Network, m.cfg.PublicIP)
+			"choose another Network, or another address with --iface or --public-ip", cfg.Network, publicIP)
 	}
 	return nil
 }
@@ -245,10 +257,16 @@ func (m *Manager) Run(ctx context.Context) error {
 	if m.State().OwnStatus == "" {
 		return errors.New("lease: run: no lease was acquired")
 	}
+	m.mu.Lock()
+	m.ended = false
+	m.mu.Unlock()
 	var wg sync.WaitGroup
 	wg.Go(func() { m.keep(ctx) })
 	wg.Go(func() { m.follow(ctx) })
 	wg.Wait()
+	m.mu.Lock()
+	m.ended = true
+	m.mu.Unlock()
 	return nil
 }
 

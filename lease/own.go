@@ -38,6 +38,8 @@ func (m *Manager) keep(ctx context.Context) {
 			m.trouble(&m.ownError, "own lease not renewed", err)
 			m.count(func(c *Counters) { c.KeepAliveErrors++ })
 			timer.Reset(retry.take())
+		case m.mustMove():
+			timer.Reset(0) // what was repaired still names the old address
 		default:
 			m.trouble(&m.ownError, "", nil)
 			retry.reset()
@@ -57,16 +59,22 @@ func (m *Manager) renewEvery() time.Duration {
 // nothing is known, so that nothing changed.
 func (m *Manager) tend(ctx context.Context) error {
 	m.mu.Lock()
-	own, value := m.state.Own, m.ownValue
+	own, value, next := m.state.Own, m.ownValue, m.nextValue
 	m.mu.Unlock()
 
 	now, err := m.reg.get(ctx, subnetKey(own.Subnet))
+	if now != nil && next != nil && now.leaseID == own.LeaseID && bytes.Equal(now.value, next) {
+		own, value = m.moved(own, *now), next
+	}
 	switch {
 	case err != nil:
 		return err
 	case now == nil:
 		return m.retake(ctx, own, value)
 	case now.leaseID == own.LeaseID && bytes.Equal(now.value, value):
+		if m.address() != own.PublicIP {
+			return m.move(ctx, own, *now)
+		}
 		return m.renew(ctx, own, *now)
 	}
 	return m.changed(ctx, own, value, *now)
@@ -139,7 +147,7 @@ func (m *Manager) retake(ctx context.Context, own Lease, value []byte) error {
 // another engine.
 func (m *Manager) changed(ctx context.Context, own Lease, value []byte, now keyValue) error {
 	l, _, valueErr := now.lease()
-	nameless := valueErr == nil && l.NodeID == "" && l.PublicIP == m.cfg.PublicIP
+	nameless := valueErr == nil && l.NodeID == "" && l.PublicIP == m.address()
 	reserved := now.leaseID == 0 && (nameless || valueErr == nil && l.NodeID == m.cfg.NodeID)
 	same := bytes.Equal(now.value, value)
 	if !reserved && !nameless || !same && !m.mayAdopt() {

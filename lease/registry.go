@@ -183,6 +183,15 @@ func (r *Registry) drop(gen int) {
 	}
 }
 
+// Reset closes the connection to etcd, whatever it is used for at the moment. The
+// next call makes a new one.
+func (r *Registry) Reset() {
+	_, gen, err := r.current()
+	if err == nil {
+		r.drop(gen)
+	}
+}
+
 // newClient makes a client. With a user name it authenticates at once, which
 // needs etcd; without one it never waits.
 func (r *Registry) newClient() (*clientv3.Client, error) {

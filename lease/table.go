@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/gaissmai/bart"
 )
@@ -39,6 +40,7 @@ func (kv keyValue) lease() (l Lease, keyErr, valueErr error) {
 type leaseTable struct {
 	rev     int64 // revision up to which everything is applied
 	records map[string]record
+	held    map[string]Lease // deleted keys that are still used, by name
 }
 
 // record is one key.
@@ -59,7 +61,9 @@ type finding struct {
 	badKey bool
 }
 
-func newLeaseTable() *leaseTable { return &leaseTable{records: make(map[string]record)} }
+func newLeaseTable() *leaseTable {
+	return &leaseTable{records: make(map[string]record), held: make(map[string]Lease)}
+}
 
 // put applies a new value. What does not parse changes nothing but the key's own
 // issue: the last good value of that key stays in use as long as the key was not
@@ -79,26 +83,60 @@ func (t *leaseTable) put(kv keyValue) (f finding, found, changed bool) {
 		f = finding{Ignored{label(kv.name), kv.mod, r.issue}, keyErr != nil}
 	}
 	t.records[kv.name] = r
+	if r.issue == "" {
+		delete(t.held, kv.name) // whoever has the key now
+	}
 	return f, found, old.mod != kv.mod
 }
 
-// del applies the deletion of a key.
-func (t *leaseTable) del(name string) { delete(t.records, name) }
+// del applies the deletion of a key. Its lease is held until it is released.
+func (t *leaseTable) del(name string) {
+	if r, ok := t.records[name]; ok && r.usable {
+		t.held[name] = r.lease
+	}
+	delete(t.records, name)
+}
+
+// holdUntil sets the end of what was not held before and returns the number of
+// these leases.
+func (t *leaseTable) holdUntil(end time.Time) int {
+	n := 0
+	for name, l := range t.held {
+		if l.HeldUntil.IsZero() {
+			l.HeldUntil = end
+			t.held[name] = l
+			n++
+		}
+	}
+	return n
+}
+
+// release forgets the leases held until now or earlier and returns their number.
+func (t *leaseTable) release(now time.Time) int {
+	n := 0
+	for name, l := range t.held {
+		if !now.Before(l.HeldUntil) {
+			delete(t.held, name)
+			n++
+		}
+	}
+	return n
+}
 
 // replace makes the table equal to a complete list at one revision and returns
-// what did not parse for the first time, and whether anything changed. With
-// merge, keys that are not in the list stay.
+// what did not parse for the first time, and whether anything changed. Keys that
+// are not in the list are deleted; with merge they stay.
 func (t *leaseTable) replace(list []keyValue, rev int64, merge bool) (findings []finding, changed bool) {
-	old := t.records
-	t.records = make(map[string]record, len(list))
-	if merge {
-		for name, r := range old {
-			t.records[name] = r
-		}
-	} else {
+	before := len(t.records)
+	if !merge {
+		listed := make(map[string]bool, len(list))
 		for _, kv := range list {
-			if r, ok := old[kv.name]; ok {
-				t.records[kv.name] = r
+			listed[kv.name] = true
+		}
+		for name := range t.records {
+			if !listed[name] {
+				t.del(name)
+				changed = true
 			}
 		}
 	}
@@ -110,7 +148,7 @@ func (t *leaseTable) replace(list []keyValue, rev int64, merge bool) (findings [
 		changed = changed || differs
 	}
 	t.rev = rev
-	return findings, changed || len(t.records) != len(old)
+	return findings, changed || len(t.records) != before
 }
 
 // diff counts the keys in which the table differs from a complete list at rev.
@@ -144,7 +182,8 @@ type policy struct {
 
 // peers lists the leases of other nodes that can be used, sorted by subnet, and
 // the keys that are not, sorted by key. Of overlapping subnets the one created
-// first is used.
+// first is used. A held lease is used as long as no lease in etcd overlaps it or
+// names its address: the address of a node that lives tells where it is now.
 func (t *leaseTable) peers(p policy) ([]Lease, []Ignored) {
 	peers := make([]Lease, 0, len(t.records))
 	var ignored []Ignored
@@ -175,11 +214,34 @@ func (t *leaseTable) peers(p policy) ([]Lease, []Ignored) {
 		used.Insert(l.Subnet)
 		kept = append(kept, l)
 	}
+	kept = t.appendHeld(kept, &used, p)
 	slices.SortFunc(kept, func(a, b Lease) int { return compareSubnets(a.Subnet, b.Subnet) })
 	slices.SortFunc(ignored, func(a, b Ignored) int {
 		return cmp.Or(strings.Compare(a.Key, b.Key), cmp.Compare(a.Revision, b.Revision))
 	})
 	return kept, ignored
+}
+
+// appendHeld adds the held leases that nothing in etcd is against; used has the
+// subnets of peers.
+func (t *leaseTable) appendHeld(peers []Lease, used *bart.Lite, p policy) []Lease {
+	if len(t.held) == 0 {
+		return peers
+	}
+	addrs := make(map[netip.Addr]bool, len(t.records))
+	for _, r := range t.records {
+		if r.usable {
+			addrs[r.lease.PublicIP] = true
+		}
+	}
+	for _, l := range t.held {
+		if l.Subnet == p.own || addrs[l.PublicIP] || used.OverlapsPrefix(l.Subnet) || p.refuse(l) != "" {
+			continue
+		}
+		used.Insert(l.Subnet)
+		peers = append(peers, l)
+	}
+	return peers
 }
 
 // refuse says why a lease that parsed cannot be a peer, or nothing.

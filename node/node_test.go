@@ -388,6 +388,56 @@ func TestLostUnderlayAddressIsAProblemAndNothingMore(t *testing.T) {
 	a.until("no problem", func(s Status) bool { return len(s.Problems) == 0 })
 }
 
+// TestNewUnderlayAddressIsFollowed, by the options that leave the choice to the
+// host; an address that was asked for is waited for.
+func TestNewUnderlayAddressIsFollowed(t *testing.T) {
+	te := startEtcd(t)
+	te.setNetwork(`{"Network":"10.244.0.0/16"}`)
+	l := lan(t, netns.LANConfig{Nodes: 2})
+	a := up(t, l.Nodes[0], baseConfig(t, te, "a"))
+	fixed := baseConfig(t, te, "b")
+	fixed.Iface = []string{"192.0.2.12"}
+	b := up(t, l.Nodes[1], fixed)
+	a.untilPeers(1)
+	b.untilPeers(1)
+	before, to := a.get(), b.echo()
+	change := func(ns *netns.Namespace, from, to string) {
+		t.Helper()
+		nl, err := ns.Netlink()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nl.Close()
+		eth := mustLink(t, nl, netns.LANInterface)
+		at := func(ip string) *netlink.Addr { return &netlink.Addr{IPNet: ipNetOf(netip.MustParsePrefix(ip + "/24"))} }
+		if err := errors.Join(nl.AddrDel(eth, at(from)), nl.AddrAdd(eth, at(to))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, next := range []string{"192.0.2.77", "192.0.2.78", "192.0.2.11"} {
+		change(l.Nodes[0], a.get().Underlay.Address.String(), next)
+		s := a.until(next, func(s Status) bool {
+			return s.Lease.PublicIP.String() == next && s.Underlay.Address.String() == next && len(s.Problems) == 0
+		})
+		if s.Lease.Subnet != before.Lease.Subnet || s.Device != before.Device || s.Listen[0].Addr.String() != next+":8285" {
+			t.Errorf("status %+v, was %+v", s, before)
+		}
+		if err := a.reach(to, 1000); err != nil {
+			t.Error(err)
+		}
+	}
+	checkLedger(t, a.get())
+
+	change(l.Nodes[1], "192.0.2.12", "192.0.2.99")
+	const want = "no longer has the address 192.0.2.12: give it back, or an address the options allow, which is then used (--iface 192.0.2.12: no interface has this address"
+	b.until("the problem", func(s Status) bool { return strings.Contains(strings.Join(s.Problems, "\n"), want) })
+	change(l.Nodes[1], "192.0.2.99", "192.0.2.12")
+	b.until("no problem", func(s Status) bool { return len(s.Problems) == 0 })
+	if err := a.reach(to, 1000); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestSecondEngineNamesTheFirst(t *testing.T) {
 	te := startEtcd(t)
 	te.setNetwork(`{"Network":"10.244.0.0/16"}`)

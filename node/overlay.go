@@ -134,6 +134,17 @@ func (r *runner) openEngine(o overlay) error {
 // closeData takes the data plane down; the TUN device, its address and its
 // routes go with it.
 func (r *runner) closeData() {
+	r.closeEngine()
+	if r.dev != nil {
+		if err := r.dev.Close(); err != nil && !errors.Is(err, errLinkGone) {
+			r.log.Debug("close device", "device", r.name, "err", err)
+		}
+	}
+	r.dev, r.events, r.linkUp = nil, nil, false
+}
+
+// closeEngine stops forwarding; the device stays as it is.
+func (r *runner) closeEngine() {
 	if r.att != nil {
 		r.att.forget()
 	}
@@ -144,12 +155,6 @@ func (r *runner) closeData() {
 		}
 	}
 	r.eng, r.started, r.applied = nil, false, nil
-	if r.dev != nil {
-		if err := r.dev.Close(); err != nil && !errors.Is(err, errLinkGone) {
-			r.log.Debug("close device", "device", r.name, "err", err)
-		}
-	}
-	r.dev, r.events, r.linkUp = nil, nil, false
 }
 
 // forward brings the data plane to what own, peers and overlay say. It can be

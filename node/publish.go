@@ -1,6 +1,7 @@
 package node
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 
@@ -112,6 +113,9 @@ func (r *runner) problems(st lease.State) []string {
 	if !st.Connected {
 		add("", st.LastError) // says etcd itself
 	}
+	if r.table != nil && r.table.held > 0 {
+		add("", fmt.Sprintf("leases deleted from etcd and still used for a moment, unless claimed by others: %d (see: tweed peers)", r.table.held))
+	}
 	add("network config", st.PendingConfig)
 	add("", r.fileProblem)
 	add("", r.holeProblem)
@@ -127,6 +131,9 @@ func leaseStatus(l lease.Lease, source string) LeaseStatus {
 		NodeID: l.NodeID, NodeName: l.NodeName,
 		Reservation: l.Reservation, ModRevision: l.ModRevision, Source: source,
 	}
+	if !l.HeldUntil.IsZero() {
+		s.Source = sourceHeld
+	}
 	if len(l.VtepMAC) > 0 {
 		s.VNI, s.VtepMAC = l.VNI, l.VtepMAC.String()
 	}
@@ -141,16 +148,21 @@ func (r *runner) newTableView(peers []table.Peer, skipped []SkippedLease) *table
 		leases:   make([]LeaseStatus, 0, len(r.peers)),
 		skipped:  skipped,
 	}
-	names := make(map[netip.Prefix]string, len(r.peers))
-	for _, l := range r.peers {
-		names[l.Subnet] = l.NodeName
+	bySubnet := make(map[netip.Prefix]*lease.Lease, len(r.peers))
+	for i, l := range r.peers {
+		bySubnet[l.Subnet] = &r.peers[i]
 		t.leases = append(t.leases, leaseStatus(l, r.source))
 	}
 	slices.SortFunc(t.leases, func(a, b LeaseStatus) int { return comparePrefix(a.Subnet, b.Subnet) })
 	for i, p := range peers {
+		l := bySubnet[p.Subnet]
 		s := PeerStatus{
 			Subnet: p.Subnet, Endpoint: p.Endpoint, Framing: p.Framing,
-			NodeID: p.NodeID, NodeName: names[p.Subnet], MTU: p.MTU, Source: r.source,
+			NodeID: p.NodeID, NodeName: l.NodeName, MTU: p.MTU, Source: r.source,
+		}
+		if !l.HeldUntil.IsZero() {
+			s.Source, s.HeldUntil = sourceHeld, l.HeldUntil
+			t.held++
 		}
 		if s.MTU == 0 {
 			s.MTU = r.overlay.mtu

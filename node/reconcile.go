@@ -2,11 +2,8 @@ package node
 
 import (
 	"errors"
-	"fmt"
 	"net/netip"
 	"time"
-
-	"github.com/vishvananda/netlink"
 )
 
 // reconcile compares everything on the host with what it shall be and repairs
@@ -18,10 +15,12 @@ func (r *runner) reconcile() (again bool) {
 		r.renewWatch()
 	}
 	r.lookAtUnderlay()
-	if r.dataProblem != "" || r.dev == nil {
+	if r.dataProblem != "" || r.eng == nil {
 		return false
 	}
-	if _, err := r.link.get(); errors.Is(err, errLinkGone) {
+	if r.link == nil {
+		// Attached containers only.
+	} else if _, err := r.link.get(); errors.Is(err, errLinkGone) {
 		r.note(&r.dataProblem, "TUN device was deleted; making it again", err)
 		return false
 	}
@@ -76,36 +75,4 @@ func (r *runner) repairDelay() time.Duration {
 		return 0
 	}
 	return repairRetry
-}
-
-// lookAtUnderlay follows the interface's MTU and notices when the address the
-// sockets are bound to is gone.
-func (r *runner) lookAtUnderlay() {
-	err := func() error {
-		l, err := r.nl.LinkByName(r.u.name)
-		if err != nil {
-			return fmt.Errorf("interface %s is gone", r.u.name)
-		}
-		r.u.index, r.u.mtu = l.Attrs().Index, l.Attrs().MTU
-		addrs, err := retryDump(func() ([]netlink.Addr, error) { return r.nl.AddrList(l, netlink.FAMILY_V4) })
-		if err != nil {
-			return nil // not known: no news
-		}
-		for _, a := range addrs {
-			if ip, ok := netip.AddrFromSlice(a.IP.To4()); ok && ip == r.u.addr {
-				return nil
-			}
-		}
-		return fmt.Errorf("interface %s no longer has the address %s: give it back, or restart to use another", r.u.name, r.u.addr)
-	}()
-	r.note(&r.underlayProblem, "underlay", err)
-}
-
-// logUnderlay says once what the choice of the interface came to.
-func (r *runner) logUnderlay() {
-	if r.told {
-		return
-	}
-	r.told = true
-	r.log.Info("underlay chosen", "interface", r.u.name, "address", r.u.addr, "public_ip", r.u.publicIP, "mtu", r.u.mtu, "by", r.u.why)
 }

@@ -269,6 +269,12 @@ func (r *runner) lock(name, what string) error {
 	return nil
 }
 
+// unlock gives a namespace lock back before the end.
+func (r *runner) unlock(name string) {
+	r.locked[name].release()
+	delete(r.locked, name)
+}
+
 // serve opens the listening sockets and the state directory and starts to answer.
 func (r *runner) serve() error {
 	if r.cfg.HealthzPort != 0 {

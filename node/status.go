@@ -147,7 +147,8 @@ type LeaseStatus struct {
 	// Reservation is true for a key without an etcd lease: it never expires.
 	Reservation bool  `json:"reservation"`
 	ModRevision int64 `json:"mod_revision,omitempty"`
-	// Source is "etcd", or "snapshot" for one read from the state directory.
+	// Source is "etcd", "snapshot" for one read from the state directory, or
+	// "held" for one that was deleted from etcd a moment ago.
 	Source string `json:"source"`
 }
 
@@ -251,8 +252,11 @@ type PeerStatus struct {
 	NodeName string         `json:"node_name,omitempty"`
 	// MTU is the largest inner packet, in bytes, that reaches the peer unfragmented.
 	MTU int `json:"mtu"`
-	// Source is "etcd", or "snapshot" for one read from the state directory.
-	Source string `json:"source"`
+	// Source is "etcd", "snapshot" for one read from the state directory, or
+	// "held" for a peer whose lease was deleted from etcd: it is used until
+	// HeldUntil at most, and until another node claims its subnet or its address.
+	Source    string    `json:"source"`
+	HeldUntil time.Time `json:"held_until,omitzero"`
 }
 
 // RouteStatus is one entry of the overlay's routing table.

@@ -36,6 +36,7 @@ type tableView struct {
 	bySubnet map[netip.Prefix]int
 	leases   []LeaseStatus
 	skipped  []SkippedLease
+	held     int // peers whose lease is gone from etcd
 }
 
 func (t *tableView) peer(subnet netip.Prefix) (PeerStatus, bool) {

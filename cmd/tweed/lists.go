@@ -99,6 +99,9 @@ func leaseNotes(l node.LeaseStatus) string {
 	if l.Source == "snapshot" {
 		notes = append(notes, "from snapshot")
 	}
+	if l.Source == "held" {
+		notes = append(notes, "deleted, held for a moment")
+	}
 	return strings.Join(notes, ", ")
 }
 
