@@ -102,6 +102,7 @@ func (n *Node) apiHandler() http.Handler {
 	n.attachHandlers(mux)
 	n.captureHandlers(mux)
 	mux.HandleFunc("POST /v1/replay", requireAdmin(n.replay))
+	mux.HandleFunc("GET /v1/debug", requireAdmin(n.debug))
 	mux.Handle("GET /metrics", n.metricsHandler())
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusNotFound, fmt.Sprintf("%s %s: this engine (version %s) has no such call", r.Method, r.URL.Path, n.cfg.Version))

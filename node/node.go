@@ -85,16 +85,18 @@ type Node struct {
 	attached  atomic.Pointer[attachments]
 	captures  captures
 	replays   replays
+	tail      logTail
 	recorder  atomic.Pointer[capture.Session]
 }
 
 // New validates cfg and fills in the defaults. Its errors are errors of usage:
 // they name the flag, its value and what was expected. Nothing is opened yet.
 func New(cfg Config) (*Node, error) {
-	n := &Node{ready: make(chan struct{}), log: cfg.Log}
-	if n.log == nil {
-		n.log = slog.Default()
+	n := &Node{ready: make(chan struct{})}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
 	}
+	n.log = newTailed(cfg.Log.Handler(), &n.tail)
 	applyDefaults(&cfg)
 	if err := checkConfig(&cfg); err != nil {
 		return nil, err

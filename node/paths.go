@@ -74,6 +74,19 @@ func (d userDirs) engine(stateDir, socket, tunName string) enginePaths {
 	return p
 }
 
+// StateDirs returns the state directories that engines of this user have in
+// their usual place, whether they run or not.
+func StateDirs() []string {
+	found, err := filepath.Glob(filepath.Join(defaultDirs(os.Geteuid(), os.Getenv).state, "*", identityFile))
+	if err != nil {
+		return nil // a pattern in a directory's name
+	}
+	for i, path := range found {
+		found[i] = filepath.Dir(path)
+	}
+	return found
+}
+
 // FindSocket returns the API socket of the engine a client command means: the
 // explicit path, else the one in stateDir, else what the environment names,
 // else the only engine that answers on this host. With several engines, or

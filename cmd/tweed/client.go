@@ -16,6 +16,11 @@ type client struct {
 
 func (c *client) register(cmd *cobra.Command) {
 	c.output.register(cmd)
+	c.registerEngine(cmd)
+}
+
+// registerEngine registers the flags that choose the engine.
+func (c *client) registerEngine(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&c.stateDir, "state-dir", "", "the engine's state `directory` (default: the only one running)")
 	cmd.Flags().StringVar(&c.socket, "socket", "", "`path` of the engine's API socket")
 	if err := cmd.MarkFlagDirname("state-dir"); err != nil {

@@ -82,6 +82,7 @@ var commands = []func() *cobra.Command{
 	newLeasesCommand,
 	newCaptureCommand,
 	newReplayCommand,
+	newBugreportCommand,
 	newExtcapCommand,
 	newEtcdCommand,
 	newNetworkCommand,
