@@ -28,3 +28,7 @@ func (d *Dest) Endpoint() netip.AddrPort { return d.endpoint }
 // Segmented reports whether datagrams to this destination may leave as
 // UDP_SEGMENT messages.
 func (d *Dest) Segmented() bool { return !d.noGSO.Load() }
+
+// RetrySegmentation forgets that the way to the destination was too narrow, for
+// it may be another one now. It reports whether it was.
+func (d *Dest) RetrySegmentation() bool { return d.noGSO.CompareAndSwap(true, false) }

@@ -259,6 +259,40 @@ func TestSegmentationIsGivenUpAndReplayed(t *testing.T) {
 	}
 }
 
+// What made the kernel refuse may have passed; if not, it is noticed again.
+func TestSegmentationIsTriedAgainWhenTold(t *testing.T) {
+	w, s := newWire(t)
+	d := NewDest(destA)
+	batch := NewSendBatch()
+	send := func() {
+		t.Helper()
+		batch.Reset(s)
+		w.datagrams = nil
+		want := load(t, batch, repeat(3, seg{d, 0, 100, 0})...)
+		var res SendResult
+		if s.Send(batch, &res); !slices.Equal(w.datagrams, want) || res.Sent.Segments != 3 {
+			t.Errorf("have %.300v\nwant %.300v", w.datagrams, want)
+		}
+	}
+	if s.RetrySegmentation() || d.RetrySegmentation() {
+		t.Error("nothing was given up")
+	}
+	for _, e := range []syscall.Errno{unix.EIO, unix.EMSGSIZE, unix.EIO} {
+		w.answer = refuseSegmented(e)
+		send()
+		if gso, _ := s.Offloads(); gso && d.Segmented() {
+			t.Errorf("%v: not given up", e)
+		}
+		if s.RetrySegmentation() == d.RetrySegmentation() {
+			t.Errorf("%v: either the socket or the destination had given up", e)
+		}
+	}
+	w.answer, w.tried = nil, nil
+	if send(); len(w.tried) != 1 {
+		t.Errorf("%d messages for three segments", len(w.tried))
+	}
+}
+
 // Only the messages not yet sent are replayed when segmentation fails midway.
 func TestWhatWasSentIsNotReplayed(t *testing.T) {
 	w, s := newWire(t)

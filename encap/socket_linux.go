@@ -47,7 +47,9 @@ type SocketConfig struct {
 type Socket struct {
 	fd  int
 	gso atomic.Bool
-	gro bool
+	// hasGSO says that gso was true once.
+	hasGSO bool
+	gro    bool
 	// closing tells a woken Recv that the wake-up is not data.
 	closing atomic.Bool
 
@@ -103,7 +105,8 @@ func (s *Socket) configure(cfg SocketConfig) error {
 	if cfg.Offload {
 		s.gro = unix.SetsockoptInt(s.fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil
 		// Setting the size to 0 changes nothing and fails where it is unknown.
-		s.gso.Store(unix.SetsockoptInt(s.fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 0) == nil)
+		s.hasGSO = unix.SetsockoptInt(s.fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 0) == nil
+		s.gso.Store(s.hasGSO)
 	}
 	sa := &unix.SockaddrInet4{Port: int(cfg.Addr.Port()), Addr: cfg.Addr.Addr().As4()}
 	if err := unix.Bind(s.fd, sa); err != nil {
@@ -134,6 +137,11 @@ func (s *Socket) LocalAddr() (netip.AddrPort, error) {
 // Offloads reports whether UDP_SEGMENT and UDP_GRO are in use. UDP_SEGMENT is
 // given up at run time when the kernel refuses a segmented send.
 func (s *Socket) Offloads() (gso, gro bool) { return s.gso.Load(), s.gro }
+
+// RetrySegmentation makes a socket that has given up UDP_SEGMENT try it with the
+// next batch, for the device underneath may be another one now; should the kernel
+// refuse again, nothing is lost. It reports whether it was given up.
+func (s *Socket) RetrySegmentation() bool { return s.hasGSO && s.gso.CompareAndSwap(false, true) }
 
 // Dropped returns how many datagrams the kernel dropped at this socket because
 // its receive buffer was full, since it was opened (SO_MEMINFO).

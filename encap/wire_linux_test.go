@@ -53,6 +53,7 @@ type wire struct {
 func newWire(t failer) (*wire, *Socket) {
 	w := &wire{t: t}
 	s := &Socket{fd: -1, sendmmsg: w.sendmmsg}
+	s.hasGSO = true
 	s.gso.Store(true)
 	return w, s
 }

@@ -270,6 +270,22 @@ func (e *Engine) Lookup(addr netip.Addr) (table.Peer, bool) {
 	return table.Peer{}, false
 }
 
+// RetrySegmentation lets the sockets and the destinations that gave up UDP_SEGMENT
+// try it again. It reports whether there were any. A try that fails costs a system
+// call and loses nothing.
+func (e *Engine) RetrySegmentation() (retried bool) {
+	e.apply.Lock()
+	defer e.apply.Unlock()
+	for _, s := range e.sockets {
+		retried = s.RetrySegmentation() || retried
+	}
+	entries := e.Table().Entries()
+	for i := range entries {
+		retried = entries[i].Dest.RetrySegmentation() || retried
+	}
+	return retried
+}
+
 // Start starts the workers.
 func (e *Engine) Start() error {
 	e.apply.Lock()

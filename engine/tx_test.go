@@ -93,6 +93,7 @@ func TestEveryTransmitReason(t *testing.T) {
 		"partial, start beyond":        {tuntest.Virtio{Flags: 1, CsumStart: 200}.Prepend(good.Bytes()), TxMalformed, false},
 		"partial, field beyond":        {tuntest.Virtio{Flags: 1, CsumStart: 20, CsumOffset: 107}.Prepend(good.Bytes()), TxMalformed, false},
 		"partial, field is the source": {tuntest.Virtio{Flags: 1, CsumStart: 12}.Prepend(good.Bytes()), TxMalformed, false},
+		"super-packet, one byte each":  {to(udpPeer, tcp(2000)).Super(1), TxMalformed, false},
 		"super-packet, no size":        {badSuper(func(b []byte) { b[4], b[5] = 0, 0 }), TxMalformed, false},
 		"super-packet, short TCP":      {badSuper(func(b []byte) { b[10+32] = 0x40 }), TxMalformed, false},
 		"no lease":                     {plain(tuntest.Packet{Src: inside(-1, 9), Dst: inside(100, 1), Proto: tuntest.UDP, Payload: make([]byte, 8)}), TxNoRoute, true},

@@ -28,6 +28,10 @@ func (r *runner) reconcile() (again bool) {
 		return false
 	}
 	again = !r.refreshPaths()
+	if r.gso.due(time.Now(), r.netChanged) && !r.eng.RetrySegmentation() {
+		r.gso = retryPacer{} // nothing was given up
+	}
+	r.netChanged = false
 	r.note(&r.linkProblem, "device not configured, trying again", r.forward())
 	if r.cfg.BlackholeRoute {
 		r.setBlackhole()
@@ -52,6 +56,34 @@ func (r *runner) refreshPaths() bool {
 	if r.path.refresh(inUse) {
 		r.log.Info("path MTU to peers changed")
 	}
+	return true
+}
+
+// retryPacer says when to try again what the kernel refused. Such a try costs
+// little, but it shall not be made all the time.
+type retryPacer struct {
+	next  time.Time
+	pause time.Duration
+}
+
+const (
+	// gsoRetryMin and gsoRetryMax are the times between two tries of segmentation
+	// that nothing gives a reason for; gsoRetryChange is the one after a change
+	// of links or routes.
+	gsoRetryMin    = time.Minute
+	gsoRetryMax    = time.Hour
+	gsoRetryChange = 10 * time.Second
+)
+
+// due reports whether it is time, and if so reckons from now on. changed says that
+// there is a reason for it to succeed.
+func (p *retryPacer) due(now time.Time, changed bool) bool {
+	early := changed && !now.Before(p.next.Add(gsoRetryChange-p.pause))
+	if now.Before(p.next) && !early {
+		return false
+	}
+	p.pause = min(max(2*p.pause, gsoRetryMin), gsoRetryMax)
+	p.next = now.Add(p.pause)
 	return true
 }
 

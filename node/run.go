@@ -107,7 +107,11 @@ type runner struct {
 	rebuiltAt time.Time     // of the last attempt to make the data plane again
 	reconTook time.Duration // the last reconcile
 	told      bool          // the underlay was logged
-	rulesSet  ruleSet
+	// gso paces what netChanged, that links or routes changed since the last look,
+	// gives a reason to try: segmentation that was given up.
+	gso        retryPacer
+	netChanged bool
+	rulesSet   ruleSet
 	// blackholed is the subnet with a blackhole route, invalid if none.
 	blackholed netip.Prefix
 
@@ -410,7 +414,7 @@ func (r *runner) loop(ctx context.Context) error {
 				settle = time.After(r.settleDelay())
 			}
 		case <-settle:
-			settle = nil
+			settle, r.netChanged = nil, true
 			if r.reconcile() {
 				settle = time.After(pathInterval)
 			}
