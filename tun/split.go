@@ -34,6 +34,17 @@ type Splitter struct {
 var (
 	errNotSuper   = errors.New("tun: super-packet is not TCP or UDP over IPv4")
 	errBadHeaders = errors.New("tun: super-packet's headers do not fit")
+	errTooMany    = errors.New("tun: super-packet of too many tiny segments")
+)
+
+// Nobody's stack makes more than maxTiny segments of less than minSegment bytes of
+// one super-packet, but whoever may open a packet socket in a container can: with
+// one byte each, one packet would become 65,000. Linux sends TCP segments of 48
+// bytes less up to 40 of options at least (tcp_min_snd_mss, TCP_MIN_SND_MSS), and
+// at most 128 UDP datagrams of any size (UDP_MAX_SEGMENTS).
+const (
+	minSegment = 8
+	maxTiny    = 128
 )
 
 // Start measures the super-packet pkt, which is borrowed until the last segment
@@ -65,6 +76,9 @@ func (s *Splitter) Start(pkt []byte, h *Header) error {
 	s.size = int(h.vnet.gsoSize)
 	s.next = 0
 	s.count = (len(s.payload) + s.size - 1) / s.size
+	if s.size < minSegment && s.count > maxTiny {
+		return errTooMany
+	}
 	return nil
 }
 

@@ -234,6 +234,7 @@ func TestStartRefusesWhatDoesNotFit(t *testing.T) {
 		pkt []byte
 		err error
 	}{
+		"too many tiny":         {tuntest.Virtio{Flags: 1, GSOType: tuntest.GSOTCPv4, GSOSize: 7}, tuntest.Packet{Proto: tuntest.TCP, Payload: make([]byte, 128*7+1)}.Bytes(), errTooMany},
 		"no segment size":       {tuntest.Virtio{Flags: 1, GSOType: tuntest.GSOTCPv4}, tcp.Bytes(), errBadHeaders},
 		"empty":                 {tcpV, nil, errBadHeaders},
 		"short IPv4":            {tcpV, edit(tcp, cut(19)), errBadHeaders},
