@@ -52,17 +52,25 @@ func OutsideUID() (uid string, inside bool) {
 // Elevate makes sure the program can make network namespaces. With the
 // privileges already there it returns done == false at once. Otherwise it runs
 // the program again, same arguments and standard files, as root of new user
-// and network namespaces, passes signals on, waits, and returns done == true
+// and network namespaces, with loopback up, passes signals on, waits, and returns done == true
 // and the exit status (128 + signal if a signal ended it); the caller exits
 // with that. Outside the namespace the program has no more rights than before.
 // Call it before anything else in main or TestMain.
 func Elevate() (done bool, status int, err error) {
-	missing := CheckPrivileges()
-	if missing == nil {
+	if _, inside := OutsideUID(); CheckPrivileges() == nil && !inside {
 		return false, 0, nil
 	}
+	return EnterUserNamespace()
+}
+
+// EnterUserNamespace is Elevate for a program that wants a user namespace even
+// if it has all privileges: to measure or test what others have there.
+func EnterUserNamespace() (done bool, status int, err error) {
 	if _, inside := OutsideUID(); inside {
-		return true, 1, fmt.Errorf("%w inside the new user namespace: %s", missing, appArmorAdvice)
+		if missing := CheckPrivileges(); missing != nil {
+			return true, 1, fmt.Errorf("%w inside the new user namespace: %s", missing, appArmorAdvice)
+		}
+		return false, 0, loopbackUp()
 	}
 	self, err := os.Executable()
 	if err != nil {

@@ -26,6 +26,7 @@ const (
 // chartColours are by kind of subject: ours stand out, baselines are grey.
 var chartColours = map[string]string{
 	subjectRaw: "#b8bec6", subjectKernel: "#7d8794",
+	subjectPasta: "#e0b48c", subjectSlirp: "#d9a3a3", subjectSplice: "#c3b1d9",
 	peerFlanneld: "#e0b48c", peerWireGuard: "#d9a3a3", peerNebula: "#c3b1d9",
 }
 

@@ -1,12 +1,18 @@
 package main
 
+import "slices"
+
 // Goal is what is asked of a tweed subject for one figure: the floor has to be
 // reached, the goal is what the work is for.
 type Goal struct {
 	link, load, metric string
 	// toKernel means the figure's ratio to the kernel's vxlan is judged, not
 	// the figure.
-	toKernel    bool
+	toKernel bool
+	// toNAT means the ratio to the better of pasta and slirp4netns.
+	toNAT bool
+	// but are subjects that are not judged.
+	but         []string
 	floor, goal float64
 	// lower means the figure has to be at most floor or goal.
 	lower bool
@@ -26,6 +32,10 @@ var goals = []Goal{
 	{link: linkVirtual, load: "ping", metric: metricPingAdded, floor: 120, goal: 30, lower: true},
 	{link: linkVirtual, load: "idle", metric: metricRSS, floor: 64, goal: 32, lower: true},
 	{link: linkVirtual, load: "idle", metric: metricIdle, floor: 0.5, goal: 0.1, lower: true},
+	{link: linkMachine, load: "tcp1", metric: metricGbit, floor: 4, goal: 8, but: inProgram},
+	{link: linkMachine, load: "tcp4", metric: metricGbit, floor: 4, goal: 8, but: inProgram},
+	{link: linkMachine, load: "tcp1", metric: metricGbit, toNAT: true, floor: 5, goal: 10},
+	{link: linkMachine, load: "tcp4", metric: metricGbit, toNAT: true, floor: 5, goal: 10},
 }
 
 // Verdicts of a Goal.
@@ -71,12 +81,15 @@ func (r *Report) judgements() []judgement {
 			}
 			for _, s := range r.Subjects {
 				cell, ok := row.Cells[s.Name]
-				if !ok || !isTweed(s.Name) || (g.toKernel && cell.ToKernel == nil) {
+				if !ok || !isTweed(s.Name) || (g.toKernel && cell.ToKernel == nil) || (g.toNAT && cell.ToNAT == nil) || slices.Contains(g.but, s.Name) {
 					continue
 				}
 				j := judgement{Goal: g, subject: s.Name, title: row.Title + ", " + row.Unit, result: cell.Spread}
 				if g.toKernel {
 					j.title, j.result = row.Title+" / kernel vxlan", *cell.ToKernel
+				}
+				if g.toNAT {
+					j.title, j.result = row.Title+" / better NAT", *cell.ToNAT
 				}
 				j.verdict = g.judge(j.result.Median)
 				out = append(out, j)

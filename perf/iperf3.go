@@ -46,11 +46,15 @@ func findIperf3() (path, version string, err error) {
 }
 
 // iperf3Args is the client's command line, without the program.
-func iperf3Args(l load, from, to string, seconds int) []string {
+func iperf3Args(l load, w way, seconds int) []string {
 	args := []string{
-		"-c", to, "-B", from, "-p", strconv.Itoa(iperf3Port), "-J",
-		"-t", strconv.Itoa(seconds), "-P", strconv.Itoa(l.flows), "--connect-timeout", "3000",
+		"-c", w.to,
 	}
+	if w.from != "" {
+		args = append(args, "-B", w.from)
+	}
+	args = append(args, "-p", strconv.Itoa(w.port), "-J",
+		"-t", strconv.Itoa(seconds), "-P", strconv.Itoa(l.flows), "--connect-timeout", "3000")
 	switch {
 	case l.kind == loadUDP:
 		// -b 0: as fast as the sending thread can.
@@ -151,8 +155,8 @@ func parseIperf3UDP(l load, r iperf3Report) (traffic, error) {
 func (b *bench) runIperf3(ctx context.Context, l load, o *overlay) (traffic, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(b.opt.seconds)*time.Second+stepSlack)
 	defer cancel()
-	from, to := o.addr[0].String(), o.addr[1].String()
-	server, err := b.start(o.pair.ns[1], "iperf3-server", b.iperf3, "-s", "-1", "-B", to, "-p", strconv.Itoa(iperf3Port))
+	w := o.between()
+	server, err := b.start(w.ns[1], "iperf3-server", b.iperf3, "-s", "-1", "-B", w.listen, "-p", strconv.Itoa(iperf3Port))
 	if err != nil {
 		return traffic{}, err
 	}
@@ -160,7 +164,7 @@ func (b *bench) runIperf3(ctx context.Context, l load, o *overlay) (traffic, err
 	if err := waitFor(ctx, 3*time.Second, func() error { return listening(server.pid(), iperf3Port) }); err != nil {
 		return traffic{}, fmt.Errorf("iperf3 server: %w%s", err, server.tail())
 	}
-	out, err := b.output(ctx, o.pair.ns[0], b.iperf3, iperf3Args(l, from, to, b.opt.seconds)...)
+	out, err := b.output(ctx, w.ns[0], b.iperf3, iperf3Args(l, w, b.opt.seconds)...)
 	if len(out) > 0 && ctx.Err() == nil {
 		return parseIperf3(l, out) // tells more than the exit status
 	}

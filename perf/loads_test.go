@@ -51,7 +51,7 @@ func TestIperf3Arguments(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got := strings.Join(iperf3Args(l, "10.0.0.1", "10.0.0.2", 7), " ")
+		got := strings.Join(iperf3Args(l, way{from: "10.0.0.1", to: "10.0.0.2", port: iperf3Port}, 7), " ")
 		if want := "-c 10.0.0.2 -B 10.0.0.1 -p 5201 -J -t 7 " + want; got != want {
 			t.Errorf("%s:\n got %s\nwant %s", name, got, want)
 		}

@@ -50,6 +50,16 @@ func mainStatus(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "perf:", err)
 		return exitUsage
 	}
+	if opt.rootless {
+		done, status, err := netns.EnterUserNamespace()
+		if err != nil {
+			fmt.Fprintln(stderr, "perf:", err)
+			return exitFailed
+		}
+		if done {
+			return status
+		}
+	}
 	if err := netns.CheckPrivileges(); err != nil {
 		fmt.Fprintf(stderr, "perf: needs root to make network namespaces and devices (%v); type: sudo go run ./perf\n", err)
 		return exitFailed

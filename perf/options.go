@@ -15,7 +15,10 @@ type options struct {
 	rounds, seconds, pings, idle int
 
 	links []string
-	loads []load
+	// rootless compares ways to connect two containers of one machine, instead
+	// of two hosts.
+	rootless bool
+	loads    []load
 	// loadList and subjectList are as typed.
 	loadList, subjectList string
 	subjects              []chosen
@@ -45,8 +48,14 @@ result.md and chart.svg to perf/results/.
   links     virtual (veth as it is: super-packets cross whole), wire (veth that cuts
             super-packets to real frames and merges them on receipt), both
 
+With --rootless it measures two containers of one machine instead, in a user
+namespace: tweed attach in each tier beside pasta and slirp4netns, where they
+are on PATH; link machine, MTU 1500, loads tcpN. Any user may run it; for tier
+tun /dev/net/tun must be usable.
+
   go run ./perf --rounds 1 --seconds 1 --link virtual      does it work at all?
   go run ./perf --rounds 5 --link both                     the figures of record
+  go run ./perf --rootless --rounds 5                      containers without privilege
   go run ./perf --subjects vxlan,tweed-vxlan --loads tcp1,udp64 --against /tmp/tweed-old --out none
 
 flags:
@@ -65,6 +74,7 @@ func parseOptions(args []string, stderr io.Writer) (*options, error) {
 	fs.IntVar(&o.seconds, "seconds", 4, "`seconds` of each TCP and UDP load, 1 to 300")
 	fs.IntVar(&o.pings, "pings", 500, "`number` of pings, 2 ms apart, 10 to 100000")
 	fs.IntVar(&o.idle, "idle", 5, "`seconds` the idle engines are watched, 1 to 300")
+	fs.BoolVar(&o.rootless, "rootless", false, "measure two containers of one machine, without privilege")
 	link := fs.String("link", "both", "`kind` of link: virtual, wire or both")
 	fs.StringVar(&o.loadList, "loads", defaultLoads, "comma separated `loads`")
 	fs.StringVar(&o.subjectList, "subjects", "", "comma separated `subjects` (default: raw, vxlan, tweed, and the peers there are)")
@@ -87,6 +97,17 @@ func parseOptions(args []string, stderr io.Writer) (*options, error) {
 	if fs.NArg() > 0 {
 		return nil, fmt.Errorf("unexpected argument %q: expected flags only, see --help", fs.Arg(0))
 	}
+	if o.rootless {
+		given := map[string]bool{}
+		fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+		if given["link"] {
+			return nil, errors.New("--link: does not go with --rootless, whose containers are on one machine")
+		}
+		*link = linkMachine
+		if !given["loads"] {
+			o.loadList = rootlessLoads
+		}
+	}
 	return o, o.check(*link, peers)
 }
 
@@ -103,6 +124,11 @@ func (o *options) check(link string, peers []string) error {
 		}
 	}
 	switch link {
+	case linkMachine:
+		if !o.rootless {
+			return errors.New("--link machine: expected --rootless instead")
+		}
+		o.links = []string{link}
 	case linkVirtual, linkWire:
 		o.links = []string{link}
 	case "both":
@@ -131,6 +157,9 @@ func (o *options) check(link string, peers []string) error {
 		if *p.path, err = filepath.Abs(full); err != nil {
 			return err
 		}
+	}
+	if o.rootless {
+		return o.checkRootless(peers)
 	}
 	found, err := findPeers(peers)
 	if err != nil {

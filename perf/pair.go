@@ -32,6 +32,8 @@ const (
 	// link's MTU before it crosses, and merges them again on the other side
 	// (GRO), as network cards do.
 	linkWire = "wire"
+	// linkMachine is no link: the sides are two containers of one machine.
+	linkMachine = "machine"
 )
 
 // pair is the underlay of one subject: two network namespaces joined by a veth
@@ -39,9 +41,14 @@ const (
 // and vanish with the last process and descriptor in them.
 type pair struct {
 	link string
-	ns   [2]*netns.Namespace
-	rt   [2]*netlink.Handle
-	open []io.Closer
+	// host is where the engines of a machine pair run, nil for the other links.
+	host *netns.Namespace
+	// containers stand for the sides of a machine pair: each is a process in a
+	// user and a network namespace of its own.
+	containers [2]*process
+	ns         [2]*netns.Namespace
+	rt         [2]*netlink.Handle
+	open       []io.Closer
 }
 
 // newPair builds a pair. On an error nothing is left behind.
@@ -131,8 +138,12 @@ func (p *pair) deviceCounters(side int, dev string) (counters, error) {
 // to address target of the harness's own namespace. It is how nodes reach etcd
 // without a packet of it on the link that is measured.
 func (p *pair) forwardTCP(side, port int, target string) error {
+	return p.forward(p.ns[side], port, target)
+}
+
+func (p *pair) forward(ns *netns.Namespace, port int, target string) error {
 	var l net.Listener
-	err := p.ns[side].Do(func() (err error) {
+	err := ns.Do(func() (err error) {
 		l, err = net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", port))
 		return err
 	})
@@ -177,6 +188,14 @@ func (p *pair) close() {
 		if l, err := p.rt[0].LinkByName(underlayDev); err == nil {
 			p.rt[0].LinkDel(l)
 		}
+	}
+	for _, c := range p.containers {
+		if c != nil {
+			c.stop(0)
+		}
+	}
+	if p.host != nil {
+		p.host.Close()
 	}
 	for side := range p.ns {
 		if p.rt[side] != nil {

@@ -36,10 +36,21 @@ type process struct {
 // with the harness, however that ends, and has a process group of its own, so
 // that Ctrl-C reaches it only through the harness.
 func (b *bench) start(ns *netns.Namespace, name, path string, args ...string) (*process, error) {
+	return b.startCommand(ns, name, command(path, args...))
+}
+
+// startContained is start in a user and a network namespace of its own.
+func (b *bench) startContained(ns *netns.Namespace, name, path string, args ...string) (*process, error) {
+	cmd := command(path, args...)
+	netns.Contain(cmd, false, false)
+	return b.startCommand(ns, name, cmd)
+}
+
+func (b *bench) startCommand(ns *netns.Namespace, name string, cmd *exec.Cmd) (*process, error) {
 	b.logs++
 	p := &process{
 		name: name,
-		cmd:  command(path, args...),
+		cmd:  cmd,
 		log:  filepath.Join(b.dir, fmt.Sprintf("%03d-%s.log", b.logs, name)),
 		done: make(chan struct{}),
 	}
@@ -50,7 +61,7 @@ func (b *bench) start(ns *netns.Namespace, name, path string, args ...string) (*
 	defer f.Close()
 	p.cmd.Stdout, p.cmd.Stderr = f, f
 	if err := b.launcher.Start(ns, p.cmd); err != nil {
-		return nil, fmt.Errorf("start %s: %w", path, err)
+		return nil, fmt.Errorf("start %s: %w", cmd.Path, err)
 	}
 	go func() {
 		p.err = p.cmd.Wait()

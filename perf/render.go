@@ -36,6 +36,9 @@ func (r *Report) grids(t *Table) []grid {
 	if has(subjectRaw) {
 		out = append(out, t.grid("Ratio to raw veth, "+t.Link+" link", "", names, func(c Cell) *Spread { return c.ToRaw }))
 	}
+	if has(subjectPasta) || has(subjectSlirp) {
+		out = append(out, t.grid("Ratio to the better of pasta and slirp4netns, "+t.Link+" link", "", names, func(c Cell) *Spread { return c.ToNAT }))
+	}
 	if slices.ContainsFunc(names, func(n string) bool { return twin(n) != "" && has(twin(n)) }) {
 		out = append(out, t.grid("Ratio of tweed-b to tweed, "+t.Link+" link", "", names, func(c Cell) *Spread { return c.ToTwin }))
 	}

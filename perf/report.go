@@ -90,6 +90,9 @@ type Cell struct {
 	ToRaw    *Spread `json:"to_raw,omitempty"`
 	ToKernel *Spread `json:"to_kernel_vxlan,omitempty"`
 	ToTwin   *Spread `json:"to_twin,omitempty"`
+	// ToNAT is the ratio to the better of pasta and slirp4netns in the same
+	// round.
+	ToNAT *Spread `json:"to_better_nat,omitempty"`
 }
 
 // summarise fills the tables from the samples.
@@ -121,15 +124,24 @@ func (r *Report) cell(link, subject string, row Row) (Cell, bool) {
 	if row.NoRatio {
 		return c, true
 	}
-	to := func(base string) *Spread {
-		ratios := values.over(r.figures(link, base, row))
-		if base == "" || base == subject || len(ratios) == 0 {
+	over := func(base byRound) *Spread {
+		ratios := values.over(base)
+		if len(ratios) == 0 {
 			return nil
 		}
 		s := ratios.spread()
 		return &s
 	}
+	to := func(base string) *Spread {
+		if base == "" || base == subject {
+			return nil
+		}
+		return over(r.figures(link, base, row))
+	}
 	c.ToRaw, c.ToKernel, c.ToTwin = to(subjectRaw), to(subjectKernel), to(twin(subject))
+	if isTweed(subject) {
+		c.ToNAT = over(r.betterNAT(link, row))
+	}
 	return c, true
 }
 

@@ -140,7 +140,7 @@ func (b *bench) turns(ctx context.Context, l load, overlays []*overlay, samples 
 
 // bring brings a subject up and checks that its far side answers.
 func (b *bench) bring(ctx context.Context, s chosen, round int, link string) (*overlay, error) {
-	p, err := newPair(link)
+	p, err := b.newPair(link)
 	if err != nil {
 		return nil, err
 	}
@@ -152,7 +152,7 @@ func (b *bench) bring(ctx context.Context, s chosen, round int, link string) (*o
 	ctx, cancel := context.WithTimeout(ctx, 2*startLimit+answerLimit)
 	defer cancel()
 	o, err := s.up(ctx, b, p, dir)
-	if err == nil {
+	if err == nil && o.way == nil {
 		err = reachable(ctx, o, answerLimit)
 	}
 	var mtu int

@@ -36,6 +36,9 @@ type overlay struct {
 	// devices its packets have to cross.
 	addr [2]netip.Addr
 	dev  [2]string
+	// way is how connections get from side 0 to side 1 where that is not simply
+	// from address to address. Sides without a device have an empty dev.
+	way *way
 	// engines are the processes that carry packets, one for each side; none
 	// when the kernel does.
 	engines []*process
@@ -77,6 +80,9 @@ func (o *overlay) logs() string {
 
 // mtu is the MTU of the overlay's device on side 0, in bytes.
 func (o *overlay) mtu() (int, error) {
+	if o.dev[0] == "" {
+		return o.way.mtu, nil
+	}
 	l, err := o.pair.rt[0].LinkByName(o.dev[0])
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", o.dev[0], err)
