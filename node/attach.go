@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -14,8 +13,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"tweed/attach"
 	"tweed/engine"
@@ -29,12 +26,6 @@ const (
 	// attachCheck is how often interfaces are looked at that somebody may have
 	// deleted inside a container, and failed connections are tried again.
 	attachCheck = time.Second
-	// firstHost is the first address of our subnet that is given away, counted
-	// from its base: the base is the host's own and the next one is where
-	// flannel's users put a bridge.
-	firstHost = 2
-	// socketBuffer is what a program's socket asks for, in bytes.
-	socketBuffer = 4 << 20
 )
 
 // Errors of Attach and Detach that a caller can tell apart.
@@ -89,6 +80,8 @@ type attachments struct {
 type attachment struct {
 	savedAttachment
 	target *netns.Target // nil for a program
+	// superPackets says that a program takes them.
+	superPackets bool
 	// made is nil while there is no interface.
 	made *attach.Made
 	link attach.Link // as made
@@ -247,7 +240,7 @@ func (a *attachments) attach(ctx context.Context, r AttachRequest) (AttachmentSt
 	}
 	t := &attachment{savedAttachment: savedAttachment{
 		Name: r.Name, IfName: r.IfName, Tier: tier, Since: time.Now().UTC(), Socket: r.Socket,
-	}}
+	}, superPackets: r.SuperPackets}
 	if err := a.open(t, r); err != nil {
 		return AttachmentStatus{}, err
 	}
@@ -325,148 +318,6 @@ func (a *attachments) admit(t *attachment, p plane, want netip.Addr) error {
 	return nil
 }
 
-// pick chooses an address of the subnet nobody has; with none wanted the next
-// after the one given away last, so that a released address rests as long as
-// possible.
-func (a *attachments) pick(subnet netip.Prefix, want netip.Addr) (netip.Addr, error) {
-	taken := map[netip.Addr]string{}
-	for _, o := range a.all {
-		taken[o.Addr] = o.Name
-	}
-	base := subnet.Masked().Addr()
-	first := base
-	for range firstHost {
-		first = first.Next()
-	}
-	usable := func(ip netip.Addr) bool {
-		return subnet.Contains(ip) && !ip.Less(first) && subnet.Contains(ip.Next())
-	}
-	if want.IsValid() {
-		switch {
-		case !usable(want):
-			return want, fmt.Errorf("%w: address %s: expected one of this node's subnet %s, from %s on", errBadRequest, want, subnet, first)
-		case taken[want] != "":
-			return want, fmt.Errorf("%w: address %s belongs to %s", ErrAttached, want, taken[want])
-		}
-		a.last = want
-		return want, nil
-	}
-	ip := a.last
-	if !usable(ip) {
-		ip = first
-	} else if ip = ip.Next(); !usable(ip) {
-		ip = first
-	}
-	for start := ip; ; {
-		if taken[ip] == "" && usable(ip) {
-			a.last = ip
-			return ip, nil
-		}
-		if ip = ip.Next(); !usable(ip) {
-			ip = first
-		}
-		if ip == start {
-			return ip, fmt.Errorf("every address of this node's subnet %s is taken by %d attachments: detach some, or use a larger SubnetLen", subnet, len(taken))
-		}
-	}
-}
-
-// linkOf is the interface t is to have.
-func (a *attachments) linkOf(t *attachment, p plane) attach.Link {
-	return attach.Link{Name: t.IfName, Addr: t.Addr, Network: p.network, MTU: p.mtu, GSOMaxSize: p.gso, Offload: p.offload}
-}
-
-// connect makes the interface, unless it is there as it should be, and hands it
-// to the engine. On an error the attachment stays, unconnected.
-func (a *attachments) connect(ctx context.Context, t *attachment, p plane) error {
-	if !p.subnet.Contains(t.Addr) {
-		a.disconnect(t)
-		a.mu.Lock()
-		addr, err := a.pick(p.subnet, netip.Addr{})
-		if err == nil {
-			t.Addr = addr
-		}
-		a.mu.Unlock()
-		if err != nil {
-			return err
-		}
-	}
-	link := a.linkOf(t, p)
-	if t.made != nil && t.link != link {
-		a.disconnect(t)
-	}
-	if t.made == nil {
-		made, err := a.makeEnd(ctx, t, link)
-		if err != nil {
-			return err
-		}
-		a.mu.Lock()
-		t.made, t.link = made, link
-		a.mu.Unlock()
-	}
-	if err := a.plug(t); err != nil {
-		return err
-	}
-	a.watch(t)
-	return nil
-}
-
-func (a *attachments) makeEnd(ctx context.Context, t *attachment, link attach.Link) (*attach.Made, error) {
-	if t.Socket != "" {
-		return connectSocket(t.Socket)
-	}
-	if err := t.reopen(); err != nil {
-		return nil, err
-	}
-	return attach.Make(ctx, t.target, link, t.Tier)
-}
-
-// plug hands a copy of the descriptor to the engine.
-func (a *attachments) plug(t *attachment) error {
-	fd, err := unix.FcntlInt(t.made.File.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("attach %s: %w", t.Name, err)
-	}
-	q, err := tun.QueueFromFD(fd, t.made.Queue)
-	if err != nil {
-		unix.Close(fd)
-		return err
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.plane.eng == nil {
-		q.Close()
-		return fmt.Errorf("the node has %w", ErrNoSubnet)
-	}
-	id, err := a.plane.eng.Attach(engine.Port{Name: t.Name, Addr: t.Addr, Queue: q})
-	if err != nil {
-		q.Close()
-		return err
-	}
-	t.port, t.attached, t.problem = id, true, ""
-	return nil
-}
-
-// watch lets go of the container when it ends.
-func (a *attachments) watch(t *attachment) {
-	if t.target == nil || t.cancel != nil {
-		return
-	}
-	var ctx context.Context
-	ctx, t.cancel = context.WithCancel(a.ctx)
-	target := t.target
-	a.running.Go(func() {
-		if target.Wait(ctx) != nil {
-			return
-		}
-		a.ops.Lock()
-		defer a.ops.Unlock()
-		if a.ctx.Err() == nil && ctx.Err() == nil {
-			a.drop(t, "the container has ended")
-		}
-	})
-}
-
 // detach removes an attachment by name.
 func (a *attachments) detach(name string) error {
 	a.ops.Lock()
@@ -510,35 +361,6 @@ func (a *attachments) remove(t *attachment) {
 	}
 }
 
-// release closes everything an attachment holds open; with the last descriptor
-// its interface goes, and the container's namespace is ours no longer.
-func (a *attachments) release(t *attachment) {
-	a.disconnect(t)
-	if t.cancel != nil {
-		t.cancel()
-		t.cancel = nil
-	}
-	if t.target != nil {
-		t.target.Close()
-	}
-}
-
-// disconnect takes the port from the engine and closes our end.
-func (a *attachments) disconnect(t *attachment) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if t.attached && a.plane.eng != nil {
-		if err := a.plane.eng.Detach(t.port); err != nil {
-			a.log.Warn("detach", "name", t.Name, "err", err)
-		}
-	}
-	t.attached = false
-	if t.made != nil {
-		t.made.File.Close()
-		t.made = nil
-	}
-}
-
 // snapshot is what the API shows.
 func (a *attachments) snapshot() (list []AttachmentStatus, problems []string) {
 	if a == nil {
@@ -570,59 +392,4 @@ func (t *attachment) what() string {
 		return t.Path
 	}
 	return "pid " + strconv.Itoa(t.PID)
-}
-
-var errNotTheSame = errors.New("another container has its place")
-
-// reopen opens the target again after a restart of the engine, and makes sure
-// that it is the same.
-func (t *attachment) reopen() error {
-	if t.target != nil {
-		return nil
-	}
-	target, err := netns.OpenTarget(netns.TargetConfig{PID: t.PID, Path: t.Path})
-	if err != nil {
-		return err
-	}
-	if target.Start() != t.Start || target.ID() != t.Netns {
-		target.Close()
-		return fmt.Errorf("%s: %w", t.what(), errNotTheSame)
-	}
-	t.target = target
-	return nil
-}
-
-// connectSocket connects to a program that has a network stack of its own and
-// listens for us.
-func connectSocket(path string) (*attach.Made, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return nil, fmt.Errorf("attach: socket: %w", err)
-	}
-	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
-		unix.Close(fd)
-		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT) {
-			return nil, fmt.Errorf("attach: %s: nobody listens: %w", path, netns.ErrGone)
-		}
-		return nil, fmt.Errorf("attach: %s: expected a SEQPACKET unix socket: %w", path, err)
-	}
-	for _, opt := range []int{unix.SO_SNDBUF, unix.SO_RCVBUF} {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, socketBuffer) // as much as net.core.wmem_max allows
-	}
-	return &attach.Made{
-		File: os.NewFile(uintptr(fd), path), Tier: attach.TierNetstack,
-		Queue:         tun.FDConfig{Offload: tun.OffloadNone},
-		OffloadReason: "the program's own network stack takes single packets",
-	}, nil
-}
-
-// deleted reports whether the far end of a veth pair is gone; a packet socket
-// does not say so when it is read.
-func (t *attachment) deleted() bool {
-	if t.made == nil || t.made.Tier != attach.TierVeth {
-		return false
-	}
-	sa, err := unix.Getsockname(int(t.made.File.Fd()))
-	ll, ok := sa.(*unix.SockaddrLinklayer)
-	return err == nil && ok && ll.Ifindex < 1
 }

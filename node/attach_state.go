@@ -101,6 +101,10 @@ type AttachRequest struct {
 	// and one IPv4 packet. Packets to the program are single ones, but their
 	// transport checksum may be left to it (VIRTIO_NET_HDR_F_NEEDS_CSUM).
 	Socket string `json:"socket,omitempty"`
+	// SuperPackets says that the program behind Socket takes TCP super-packets
+	// (VIRTIO_NET_HDR_GSO_TCPV4) as well. It may always send them, up to
+	// GSOMaxSize of the answer.
+	SuperPackets bool `json:"super_packets,omitempty"`
 	// Name is what the attachment is called from now on; empty means pid-PID or
 	// the last part of Path. Letters, digits, dot, minus and underscore, at most
 	// 63 bytes.
@@ -132,6 +136,9 @@ func (r *AttachRequest) check() (attach.Tier, error) {
 	}
 	if targets != 1 {
 		return "", errors.New("expected exactly one of a pid, a network namespace and a socket")
+	}
+	if r.SuperPackets && r.Socket == "" {
+		return "", errors.New("super_packets: expected with a socket only: a container's interface says so itself")
 	}
 	if r.Socket != "" {
 		if tier != attach.TierAuto && tier != attach.TierNetstack {
@@ -179,7 +186,9 @@ type AttachmentStatus struct {
 	Netns     uint64 `json:"netns,omitempty"`
 	Socket    string `json:"socket,omitempty"`
 	// MTU is in bytes. Network is what the address reaches over the overlay.
-	MTU           int          `json:"mtu"`
+	MTU int `json:"mtu"`
+	// GSOMaxSize is the largest super-packet in bytes, 0 if there are none.
+	GSOMaxSize    int          `json:"gso_max_size"`
 	Network       netip.Prefix `json:"network,omitzero"`
 	Offload       string       `json:"offload,omitempty"`
 	OffloadReason string       `json:"offload_reason,omitempty"`
@@ -202,7 +211,7 @@ func (t *attachment) status() AttachmentStatus {
 		s.State = "up"
 	}
 	if t.made != nil {
-		s.Tier, s.MTU, s.Network = t.made.Tier, t.link.MTU, t.link.Network
+		s.Tier, s.MTU, s.GSOMaxSize, s.Network = t.made.Tier, t.link.MTU, t.link.GSOMaxSize, t.link.Network
 		s.Offload, s.OffloadReason = t.made.Queue.Offload.String(), t.made.OffloadReason
 		s.Passed = append(s.Passed, t.made.Passed...)
 	}

@@ -75,6 +75,7 @@ func TestRequestsThatCannotBeMeantAreRefused(t *testing.T) {
 		"tweed proxy":          {PID: 1, Tier: "netstack"},
 		"absolute path":        {Socket: "here"},
 		"no interface":         {Socket: "/here", Tier: "veth"},
+		"with a socket only":   {PID: 1, SuperPackets: true},
 	} {
 		if _, err := r.check(); err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("%+v: error %v, want %q in it", r, err, name)
