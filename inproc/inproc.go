@@ -30,6 +30,7 @@ import (
 	"tweed/lease"
 	"tweed/netstack"
 	"tweed/node"
+	"tweed/tun"
 )
 
 // Config describes one node.
@@ -103,7 +104,7 @@ func start(ctx context.Context, c Config) (*Node, error) {
 	n.Node, err = node.New(node.Config{
 		EtcdEndpoints: c.EtcdEndpoints, EtcdPrefix: c.EtcdPrefix, NodeName: c.Name,
 		Iface: []string{c.Underlay.String()}, MTU: c.MTU, ListenFramings: c.Framings,
-		AttachOnly: true, Workers: 1, StateDir: c.StateDir, ReleaseOnExit: n.dir != "",
+		AttachOnly: true, Workers: 1, Offload: tun.OffloadAuto, StateDir: c.StateDir, ReleaseOnExit: n.dir != "",
 		Program: "inproc", Log: c.Log,
 	})
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"time"
 )
 
 // Dialer connects to overlay addresses through the overlay and to all others
@@ -55,30 +54,4 @@ func (d *Dialer) resolve(ctx context.Context, host string) ([]netip.Addr, error)
 		ips[i] = ips[i].Unmap()
 	}
 	return ips, err
-}
-
-// Ping sends an echo request with size bytes of payload to an overlay address and
-// returns the time until the answer.
-func (n *Net) Ping(ctx context.Context, to netip.Addr, size int) (time.Duration, error) {
-	c, err := n.net.DialPingAddr(n.status.Addr, to)
-	if err != nil {
-		return 0, fmt.Errorf("netstack: ping %s: %w", to, err)
-	}
-	defer c.Close()
-	if t, ok := ctx.Deadline(); ok {
-		if err := c.SetReadDeadline(t); err != nil {
-			return 0, err
-		}
-	}
-	request := make([]byte, 8+size)
-	request[0], request[7] = 8, 1 // echo request, sequence 1
-	start := time.Now()
-	if _, err := c.Write(request); err != nil {
-		return 0, fmt.Errorf("netstack: ping %s: %w", to, err)
-	}
-	answer := make([]byte, 8+size+64)
-	if _, err := c.Read(answer); err != nil {
-		return 0, fmt.Errorf("netstack: ping %s: no answer: %w", to, err)
-	}
-	return time.Since(start), nil
 }

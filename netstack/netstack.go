@@ -3,14 +3,12 @@
 // net. It needs no interface, no namespace and no privilege. It carries TCP, UDP
 // and echo requests over IPv4.
 //
-// The stack is golang.zx2c4.com/wireguard/tun/netstack, which is gVisor's. It
-// takes one packet at a time, so it is the slowest way into the overlay and the
-// one that works everywhere.
+// The stack is gVisor's. It exchanges super-packets with the engine, so that the
+// cost of a packet is shared by the segments in it.
 package netstack
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -23,18 +21,14 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-	wgtun "golang.zx2c4.com/wireguard/tun"
-	wgnet "golang.zx2c4.com/wireguard/tun/netstack"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"tweed/node"
-	"tweed/tun"
 )
 
 const (
-	// headerLen is struct virtio_net_hdr, before every packet to and from the
-	// engine.
-	headerLen = 10
 	// maxPacket is the longest IPv4 packet, in bytes.
 	maxPacket = 65535
 	// acceptTime bounds how long the engine takes to connect once it was asked.
@@ -70,8 +64,8 @@ type Config struct {
 type Net struct {
 	cfg     Config
 	status  node.AttachmentStatus
-	dev     wgtun.Device
-	net     *wgnet.Net
+	link    *link
+	stack   *stack.Stack
 	conn    atomic.Pointer[net.UnixConn]
 	ctx     context.Context
 	end     context.CancelCauseFunc
@@ -88,14 +82,17 @@ func New(ctx context.Context, c Config) (*Net, error) {
 		return nil, err
 	}
 	n.status = status
-	n.dev, n.net, err = wgnet.CreateNetTUN([]netip.Addr{status.Addr}, nil, status.MTU)
-	if err != nil {
+	n.link = &link{mtu: uint32(status.MTU), gso: uint32(status.GSOMaxSize)}
+	if n.stack, err = newStack(n.link, status.Addr); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("netstack: %w", err)
+		return nil, err
 	}
-	n.conn.Store(conn)
+	if err := n.use(conn); err != nil {
+		conn.Close()
+		n.stack.Close()
+		return nil, err
+	}
 	n.ctx, n.end = context.WithCancelCause(context.Background())
-	n.pumps.Go(n.out)
 	n.pumps.Go(func() { n.in(conn) })
 	return n, nil
 }
@@ -114,7 +111,7 @@ func (n *Net) attach(ctx context.Context, addr netip.Addr) (*net.UnixConn, node.
 		return nil, status, fmt.Errorf("netstack: %w", err)
 	}
 	defer l.Close()
-	status, err = n.cfg.Engine.Attach(ctx, node.AttachRequest{Socket: path, Name: n.cfg.Name, Addr: addr})
+	status, err = n.cfg.Engine.Attach(ctx, node.AttachRequest{Socket: path, Name: n.cfg.Name, Addr: addr, SuperPackets: true})
 	if err != nil {
 		return nil, status, err
 	}
@@ -130,70 +127,41 @@ func (n *Net) attach(ctx context.Context, addr netip.Addr) (*net.UnixConn, node.
 	return conn, status, nil
 }
 
-// out carries packets from the stack to the engine. While there is no engine
-// they are lost, as on a link that is down.
-func (n *Net) out() {
-	buf := make([]byte, headerLen+maxPacket)
-	bufs, sizes := [][]byte{buf}, make([]int, 1)
-	for {
-		if _, err := n.dev.Read(bufs, sizes, headerLen); err != nil {
-			return // closed
-		}
-		if c := n.conn.Load(); c != nil && sizes[0] > 0 {
-			_, _ = c.Write(buf[:headerLen+sizes[0]]) // in notices a dead engine
-		}
+// use makes conn the way to the engine.
+func (n *Net) use(conn *net.UnixConn) error {
+	out, err := newSender(conn)
+	if err != nil {
+		return fmt.Errorf("netstack: %w", err)
 	}
+	n.conn.Store(conn)
+	n.link.out.Store(out)
+	return nil
 }
 
 // in carries packets from the engine to the stack, and attaches again when the
 // engine has gone.
 func (n *Net) in(conn *net.UnixConn) {
 	buf := make([]byte, headerLen+maxPacket)
-	bufs := [][]byte{nil}
 	for {
 		size, err := conn.Read(buf)
-		if err == nil && size > headerLen {
-			finish(buf[:size])
-			bufs[0] = buf[:size]
-			_, _ = n.dev.Write(bufs, headerLen) // not IPv4: nothing for us
-			continue
-		}
 		if err == nil && size > 0 {
+			n.link.deliver(buf[:size])
 			continue
 		}
-		conn.Close()
+		n.link.out.Store(nil)
 		n.conn.Store(nil)
+		conn.Close()
 		if n.ctx.Err() != nil {
 			return
 		}
 		if conn = n.reattach(); conn == nil {
 			return
 		}
-		n.conn.Store(conn)
-		if n.ctx.Err() != nil {
+		if err := n.use(conn); err != nil || n.ctx.Err() != nil {
 			conn.Close()
 			return
 		}
 	}
-}
-
-// finish computes the transport checksum of a packet whose header says that it
-// is still missing, as between containers of tweed nodes (struct virtio_net_hdr
-// in include/uapi/linux/virtio_net.h; host byte order).
-func finish(b []byte) {
-	if b[0]&unix.VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 {
-		return
-	}
-	start, offset := int(binary.NativeEndian.Uint16(b[6:])), int(binary.NativeEndian.Uint16(b[8:]))
-	pkt := b[headerLen:]
-	if start+offset+2 > len(pkt) {
-		return // the stack will refuse it
-	}
-	sum := ^tun.Fold(tun.Sum(pkt[start:], 0))
-	if sum == 0 {
-		sum = 0xffff // for UDP 0 means none, for TCP it is the same (RFC 768)
-	}
-	binary.BigEndian.PutUint16(pkt[start+offset:], sum)
 }
 
 var errEngineGone = errors.New("netstack: the engine has ended, or has detached us")
@@ -229,7 +197,6 @@ func (n *Net) lost(err error) {
 // Close gives the address back and ends all connections. Closing twice does
 // nothing.
 func (n *Net) Close() error {
-	var err error
 	n.closing.Do(func() {
 		n.end(net.ErrClosed)
 		if c := n.conn.Load(); c != nil {
@@ -239,10 +206,11 @@ func (n *Net) Close() error {
 			cancel()
 			c.Close()
 		}
-		err = n.dev.Close()
+		n.stack.RemoveNIC(nic)
+		n.stack.Close()
 		n.pumps.Wait()
 	})
-	return err
+	return nil
 }
 
 // Addr is the program's address in the overlay.
@@ -265,9 +233,9 @@ func (n *Net) Dial(ctx context.Context, network, address string) (net.Conn, erro
 		return nil, err
 	}
 	if network[0] == 'u' {
-		return n.net.DialUDPAddrPort(netip.AddrPort{}, ap)
+		return n.dialUDP(ap)
 	}
-	return n.net.DialContextTCPAddrPort(ctx, ap)
+	return gonet.DialContextTCP(ctx, n.stack, fullAddress(ap), ipv4.ProtocolNumber)
 }
 
 // Listen accepts TCP connections on a port of our address; address is ":80", or
@@ -280,7 +248,7 @@ func (n *Net) Listen(network, address string) (net.Listener, error) {
 	if network[0] != 't' {
 		return nil, &net.OpError{Op: "listen", Net: network, Err: net.UnknownNetworkError(network)}
 	}
-	return n.net.ListenTCPAddrPort(ap)
+	return gonet.ListenTCP(n.stack, fullAddress(ap), ipv4.ProtocolNumber)
 }
 
 // ListenPacket receives UDP datagrams on a port of our address.
@@ -292,7 +260,8 @@ func (n *Net) ListenPacket(network, address string) (net.PacketConn, error) {
 	if network[0] != 'u' {
 		return nil, &net.OpError{Op: "listen", Net: network, Err: net.UnknownNetworkError(network)}
 	}
-	return n.net.ListenUDPAddrPort(ap)
+	here := fullAddress(ap)
+	return gonet.DialUDP(n.stack, &here, nil, ipv4.ProtocolNumber)
 }
 
 // parse reads "IP:PORT"; no IP means our own.

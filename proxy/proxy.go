@@ -145,7 +145,7 @@ func joinConns(ctx context.Context, a, b net.Conn) error {
 	defer stop()
 	result := make(chan error, 2)
 	one := func(to, from net.Conn) {
-		_, err := io.Copy(to, from)
+		err := carry(to, from)
 		if c, ok := to.(interface{ CloseWrite() error }); ok && err == nil {
 			_ = c.CloseWrite()
 		} else {
@@ -159,6 +159,22 @@ func joinConns(ctx context.Context, a, b net.Conn) error {
 	go one(a, b)
 	go one(b, a)
 	return errors.Join(<-result, <-result)
+}
+
+// copyBuffer is how much is read at a time, in bytes: a few super-packets.
+const copyBuffer = 256 << 10
+
+// carry copies until from ends. Between sockets of the host the kernel does it.
+func carry(to, from net.Conn) error {
+	_, a := to.(*net.TCPConn)
+	_, b := from.(*net.TCPConn)
+	if a && b {
+		_, err := io.Copy(to, from)
+		return err
+	}
+	// io.Copy's own buffer is of 32 KiB, whichever side chooses it.
+	_, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, make([]byte, copyBuffer))
+	return err
 }
 
 // Forward is a -L or -R argument, [BIND:]PORT:HOST:HOSTPORT as ssh has it.

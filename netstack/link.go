@@ -1,0 +1,175 @@
+package netstack
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"tweed/tun"
+)
+
+// headerLen is struct virtio_net_hdr, before every packet to and from the
+// engine (include/uapi/linux/virtio_net.h). Its fields are in host byte order.
+const (
+	headerLen = 10
+
+	flagsAt      = 0
+	gsoTypeAt    = 1
+	headerLenAt  = 2
+	gsoSizeAt    = 4
+	csumStartAt  = 6
+	csumOffsetAt = 8
+)
+
+// link is the stack's interface: it carries packets, TCP super-packets among
+// them, to and from the engine's socket. While there is no engine they are
+// lost, as on a link that is down.
+type link struct {
+	mtu, gso   uint32 // bytes
+	dispatcher atomic.Pointer[stack.NetworkDispatcher]
+	out        atomic.Pointer[sender]
+}
+
+// MTU implements stack.LinkEndpoint, as the following methods do.
+func (l *link) MTU() uint32 { return l.mtu }
+
+// SetMTU does nothing: the overlay's MTU is the engine's to say.
+func (l *link) SetMTU(uint32) {}
+
+func (l *link) MaxHeaderLength() uint16              { return 0 }
+func (l *link) LinkAddress() tcpip.LinkAddress       { return "" }
+func (l *link) SetLinkAddress(tcpip.LinkAddress)     {}
+func (l *link) IsAttached() bool                     { return l.dispatcher.Load() != nil }
+func (l *link) Wait()                                {}
+func (l *link) AddHeader(*stack.PacketBuffer)        {}
+func (l *link) ParseHeader(*stack.PacketBuffer) bool { return true }
+func (l *link) Close()                               {}
+func (l *link) SetOnCloseAction(func())              {}
+
+func (l *link) ARPHardwareType() header.ARPHardwareType { return header.ARPHardwareNone }
+
+func (l *link) Capabilities() stack.LinkEndpointCapabilities { return stack.CapabilityNone }
+
+// GSOMaxSize implements stack.GSOEndpoint.
+func (l *link) GSOMaxSize() uint32 { return l.gso }
+
+// SupportedGSO implements stack.GSOEndpoint.
+func (l *link) SupportedGSO() stack.SupportedGSO {
+	if l.gso == 0 {
+		return stack.GSONotSupported
+	}
+	return stack.HostGSOSupported
+}
+
+func (l *link) Attach(d stack.NetworkDispatcher) {
+	if d == nil {
+		l.dispatcher.Store(nil)
+		return
+	}
+	l.dispatcher.Store(&d)
+}
+
+// WritePackets sends to the engine, and waits for it when the socket is full:
+// the engine always reads on.
+func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
+	list := packets.AsSlice()
+	if out := l.out.Load(); out != nil {
+		for _, p := range list {
+			out.send(p)
+		}
+	}
+	return len(list), nil
+}
+
+// deliver hands a message of the engine to the stack, which keeps a copy.
+func (l *link) deliver(b []byte) {
+	d := l.dispatcher.Load()
+	if d == nil || len(b) <= headerLen || b[headerLen]>>4 != 4 {
+		return
+	}
+	finish(b)
+	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b[headerLen:])})
+	(*d).DeliverNetworkPacket(header.IPv4ProtocolNumber, p)
+	p.DecRef()
+}
+
+// finish computes the transport checksum of a packet whose header says that it
+// is still missing, as between containers of tweed nodes. gVisor leaves checking
+// checksums to all packets of an interface or to none.
+func finish(b []byte) {
+	if b[flagsAt]&unix.VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 {
+		return
+	}
+	start, offset := int(binary.NativeEndian.Uint16(b[csumStartAt:])), int(binary.NativeEndian.Uint16(b[csumOffsetAt:]))
+	pkt := b[headerLen:]
+	if start+offset+2 > len(pkt) {
+		return // the stack will refuse it
+	}
+	sum := ^tun.Fold(tun.Sum(pkt[start:], 0))
+	if sum == 0 {
+		sum = 0xffff // for UDP 0 means none, for TCP it is the same (RFC 768)
+	}
+	binary.BigEndian.PutUint16(pkt[start+offset:], sum)
+}
+
+// sender writes to one socket.
+type sender struct {
+	raw syscall.RawConn
+
+	mu     sync.Mutex // guards the following
+	header [headerLen]byte
+	bufs   [][]byte
+	write  func(fd uintptr) bool
+}
+
+func newSender(c *net.UnixConn) (*sender, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	s := &sender{raw: raw}
+	s.write = func(fd uintptr) bool {
+		for {
+			_, err := unix.SendmsgBuffers(int(fd), s.bufs, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+			if !errors.Is(err, unix.EINTR) {
+				return !errors.Is(err, unix.EAGAIN) // the reader notices a dead engine
+			}
+		}
+	}
+	return s, nil
+}
+
+func (s *sender) send(p *stack.PacketBuffer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.header = virtioHeader(p)
+	s.bufs = append(s.bufs[:0], s.header[:])
+	s.bufs = append(s.bufs, p.AsSlices()...)
+	_ = s.raw.Write(s.write) // closed: lost
+}
+
+// virtioHeader says what of the packet is left to the engine.
+func virtioHeader(p *stack.PacketBuffer) (h [headerLen]byte) {
+	g := &p.GSOOptions
+	if g.Type != stack.GSOTCPv4 || !g.NeedsCsum {
+		return h
+	}
+	h[flagsAt] = unix.VIRTIO_NET_HDR_F_NEEDS_CSUM
+	binary.NativeEndian.PutUint16(h[csumStartAt:], g.L3HdrLen)
+	binary.NativeEndian.PutUint16(h[csumOffsetAt:], g.CsumOffset)
+	if p.Data().Size() > int(g.MSS) {
+		h[gsoTypeAt] = unix.VIRTIO_NET_HDR_GSO_TCPV4
+		binary.NativeEndian.PutUint16(h[headerLenAt:], uint16(p.HeaderSize()))
+		binary.NativeEndian.PutUint16(h[gsoSizeAt:], g.MSS)
+	}
+	return h
+}
