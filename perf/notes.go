@@ -51,17 +51,17 @@ func (r *Report) notes() []string {
 
 // linkNotes are about two hosts on the links virtual and wire.
 var linkNotes = []string{
-	"Link virtual: super-packets of up to 64 KB cross the veth pair whole, so the kernel's vxlan never cuts a byte to frames. "+
+	"Link virtual: super-packets of up to 64 KB cross the veth pair whole, so the kernel's vxlan never cuts a byte to frames. " +
 		"That is its best case, and only the case between containers or virtual machines of one host.",
-	"Link wire: every frame has the size of a real one, but cutting, merging and checksums are software on the same cores. "+
-		"A real network card does them in hardware for raw and mostly for the kernel's vxlan, and spreads flows over queues and cores; "+
-		"it adds interrupts, its own latency and a line rate. For bulk TCP the ratios on a real card should lie between the two links, "+
+	"Link wire: every frame has the size of a real one, but cutting, merging and checksums are software on the same cores. " +
+		"A real network card does them in hardware for raw and mostly for the kernel's vxlan, and spreads flows over queues and cores; " +
+		"it adds interrupts, its own latency and a line rate. For bulk TCP the ratios on a real card should lie between the two links, " +
 		"for small packets near link wire; this is reasoning, only a run between two hosts can tell.",
-	"UDP is sent without pacing, so what counts is what arrives. Where cores are short a subject that drops early, before it has "+
+	"UDP is sent without pacing, so what counts is what arrives. Where cores are short a subject that drops early, before it has " +
 		"paid for a packet, shows more than one that drops late.",
-	"engines: CPU of both engine processes, the kernel's work for them included. machine: all busy CPU, the programs at both ends "+
+	"engines: CPU of both engine processes, the kernel's work for them included. machine: all busy CPU, the programs at both ends " +
 		"included; the only cost that can be compared with the kernel's vxlan, which has no process.",
-	"ping: from the sender's clock to the kernel's time stamp on the reply. Most of it is waking up threads on idle cores, "+
+	"ping: from the sender's clock to the kernel's time stamp on the reply. Most of it is waking up threads on idle cores, " +
 		"which differs a lot between machines and power settings.",
 }
 
