@@ -133,18 +133,8 @@ func (t *Target) prepare(sock int) (*plan, error) {
 	for i := range p.caps {
 		p.caps[i].Permitted, p.caps[i].Inheritable = p.caps[i].Effective, p.caps[i].Effective
 	}
-	must := func(name, fix string, nr uintptr, args ...uintptr) {
-		s := stage{nr: nr, must: true, name: name, fix: fix}
-		for i, to := range []*uintptr{&s.a, &s.b, &s.c, &s.d, &s.e}[:len(args)] {
-			*to = args[i]
-		}
-		p.stages = append(p.stages, s)
-	}
-	if t.user != nil {
-		must("join user namespace", "it was made by another user: run the engine as that user or as root",
-			unix.SYS_SETNS, t.user.Fd(), unix.CLONE_NEWUSER)
-	}
-	must("join network namespace", "CAP_SYS_ADMIN over it is missing: "+appArmorAdvice, unix.SYS_SETNS, t.net.file.Fd(), unix.CLONE_NEWNET)
+	t.joining(p)
+	must := p.must
 	must("capabilities", "CAP_NET_ADMIN, CAP_NET_RAW and CAP_SYS_ADMIN are needed: run the engine as root, or attach a container of your own",
 		unix.SYS_CAPSET, uintptr(unsafe.Pointer(&p.header)), uintptr(unsafe.Pointer(&p.caps[0])))
 	for _, c := range helperCaps {
@@ -161,6 +151,24 @@ func (t *Target) prepare(sock int) (*plan, error) {
 	must("run the helper", "", unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.path)),
 		uintptr(unsafe.Pointer(&p.argv[0])), uintptr(unsafe.Pointer(&p.envv[0])))
 	return p, nil
+}
+
+// must adds a system call that has to succeed.
+func (p *plan) must(name, fix string, nr uintptr, args ...uintptr) {
+	s := stage{nr: nr, must: true, name: name, fix: fix}
+	for i, to := range []*uintptr{&s.a, &s.b, &s.c, &s.d, &s.e}[:len(args)] {
+		*to = args[i]
+	}
+	p.stages = append(p.stages, s)
+}
+
+// joining adds the calls that enter the target's namespaces.
+func (t *Target) joining(p *plan) {
+	if t.user != nil {
+		p.must("join user namespace", "it was made by another user: run the engine as that user or as root",
+			unix.SYS_SETNS, t.user.Fd(), unix.CLONE_NEWUSER)
+	}
+	p.must("join network namespace", "CAP_SYS_ADMIN over it is missing: "+appArmorAdvice, unix.SYS_SETNS, t.net.file.Fd(), unix.CLONE_NEWNET)
 }
 
 // start clones. Signals are blocked around it, so that no handler of the Go
