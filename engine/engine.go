@@ -23,6 +23,7 @@ import (
 	"sync/atomic"
 
 	"tweed/encap"
+	"tweed/engine/impair"
 	"tweed/engine/table"
 	"tweed/engine/tap"
 	"tweed/tun"
@@ -52,6 +53,8 @@ type Config struct {
 	Listen []Listen
 	// Source is the underlay address outgoing datagrams carry.
 	Source netip.Addr
+	// Impair treats what is sent as a bad network would, for tests.
+	Impair impair.Spec
 	// Log receives rare events only, never one per packet. Nil means slog.Default.
 	Log *slog.Logger
 }
@@ -191,6 +194,11 @@ func (e *Engine) addPair(src source, rx []*rxWorker, udp *encap.Socket) (*pair, 
 		return nil, err
 	}
 	e.tx = append(e.tx, w)
+	if e.cfg.Impair.Active() {
+		if err := impairWorker(w, e.cfg.Impair, uint64(len(e.tx))); err != nil {
+			return nil, err
+		}
+	}
 	p, err := newPair(w, rx)
 	if err != nil {
 		return nil, err
@@ -346,6 +354,9 @@ func (e *Engine) free() error {
 	var errs []error
 	for _, w := range e.tx {
 		errs = append(errs, w.batch.Free())
+		if w.impaired != nil {
+			errs = append(errs, w.impaired.close())
+		}
 	}
 	for _, w := range e.rx {
 		if w.batch != nil {

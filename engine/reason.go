@@ -10,8 +10,10 @@ type Reason uint8
 // Reasons of the transmit direction (TUN to underlay) and of the receive
 // direction (underlay to TUN). The order is the order of the checks.
 const (
+	// TxImpaired: Config.Impair asked for the packet to be lost.
+	TxImpaired Reason = iota
 	// TxNotIPv4: the host sent something other than IPv4 into the TUN.
-	TxNotIPv4 Reason = iota
+	TxNotIPv4
 	// TxMalformed: the IPv4 header from the TUN is inconsistent.
 	TxMalformed
 	// TxForeignSource: a port sent from an address that is not its own.
@@ -76,6 +78,7 @@ const firstRx = RxTruncated
 type reasonText struct{ name, doc string }
 
 var reasonTexts = [NumReasons]reasonText{
+	TxImpaired:      {"impaired", "lost on purpose, as --impair asks"},
 	TxNotIPv4:       {"not-ipv4", "the host sent something other than IPv4 into the overlay"},
 	TxMalformed:     {"malformed", "the IPv4 header is inconsistent"},
 	TxForeignSource: {"foreign-source", "an attached container sent from an address that is not its own"},

@@ -39,14 +39,16 @@ type out struct {
 type txWorker struct {
 	engine *Engine
 	source source
-	queue  *tun.Queue // the batch came from it
-	from   *port      // and from this port; nil for the host's device
-	batch  *tun.ReadBatch
-	split  tun.Splitter
-	outs   [1 + vxlanSources]out // 0: udp framing
-	hdrs   []byte
-	hdrPos int
-	local  uint32 // underlay address, host byte order
+	// impaired is source if that is one, to be closed.
+	impaired *impairedSource
+	queue    *tun.Queue // the batch came from it
+	from     *port      // and from this port; nil for the host's device
+	batch    *tun.ReadBatch
+	split    tun.Splitter
+	outs     [1 + vxlanSources]out // 0: udp framing
+	hdrs     []byte
+	hdrPos   int
+	local    uint32 // underlay address, host byte order
 	// refused tells the tap of a segment that was not sent.
 	refused func(id uint64, class encap.SendError)
 

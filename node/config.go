@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"tweed/encap"
+	"tweed/engine/impair"
 	"tweed/tun"
 )
 
@@ -49,6 +50,9 @@ type Config struct {
 	// FlightRecorder keeps the heads of so many packets, and of as many dropped
 	// ones, for whoever asks later; 0 keeps none.
 	FlightRecorder int
+	// Impair treats what the node sends as a bad network would, for tests. Packets
+	// are single ones then, whatever Offload says, so that each has its own fate.
+	Impair impair.Spec
 	// AttachOnly leaves the host out of the overlay: no TUN device, no routes and
 	// no traffic rules, only attached containers. It needs no privilege at all.
 	AttachOnly bool

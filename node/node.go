@@ -38,6 +38,7 @@ import (
 	"tweed/capture"
 	"tweed/encap"
 	"tweed/lease"
+	"tweed/tun"
 )
 
 // Defaults of Config fields that are left zero.
@@ -165,6 +166,9 @@ func applyDefaults(c *Config) {
 	// path.Join as flannel does: a trailing slash is dropped, a missing leading
 	// one stays missing and is another key.
 	c.EtcdPrefix = path.Join(c.EtcdPrefix)
+	if c.Impair.Active() {
+		c.Offload = tun.OffloadNone
+	}
 	if c.LeaseTTL == 0 {
 		c.LeaseTTL = DefaultLeaseTTL
 	}

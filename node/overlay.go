@@ -120,7 +120,7 @@ func (r *runner) openEngine(o overlay) error {
 		}
 	}
 	eng, err := engine.New(engine.Config{
-		Device: r.dev, Offload: r.cfg.Offload, MTU: o.mtu, Listen: o.listen, Source: bindAddr(r.u, r.host), Log: r.log,
+		Device: r.dev, Offload: r.cfg.Offload, Impair: r.cfg.Impair, MTU: o.mtu, Listen: o.listen, Source: bindAddr(r.u, r.host), Log: r.log,
 	})
 	if err != nil {
 		return err

@@ -17,6 +17,9 @@ const (
 	slabLen = 8*(maxPacket+1) + 64*1024
 )
 
+// LoadRoom is how many bytes Load has room for, virtio headers included.
+const LoadRoom = slabLen - maxRead*Headroom - maxHdr - maxPacket
+
 // Packet is one packet of a ReadBatch.
 type Packet struct {
 	Header
@@ -82,7 +85,8 @@ func (b *ReadBatch) Size() int {
 }
 
 // Load puts packets into the batch as a TryRead would, each with its virtio
-// header in front; for tests of what consumes a batch.
+// header in front; for packets that were kept apart for a while, and for tests. The
+// caller sees to it that there is room: maxRead packets and [LoadRoom] bytes.
 func (b *ReadBatch) Load(raw ...[]byte) {
 	b.n = 0
 	at := 0

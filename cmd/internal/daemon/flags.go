@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"tweed/encap"
+	"tweed/engine/impair"
 	"tweed/node"
 	"tweed/tun"
 )
@@ -51,6 +52,7 @@ type Flags struct {
 	nodeName                string
 	metricsAddr             string
 	flightRecorder          int
+	impair                  string
 	logLevel, logFormat     string
 }
 
@@ -104,6 +106,7 @@ func (f *Flags) registerOwn(fs *flag.FlagSet, d Defaults) {
 	fs.StringVar(&f.socket, "socket", "", "`path` of the API socket (default: api.sock in the state directory)")
 	fs.StringVar(&f.metricsAddr, "metrics-addr", "", "`host:port` that serves Prometheus metrics (default: none)")
 	fs.IntVar(&f.flightRecorder, "flight-recorder", 0, "keep the heads of the last `N` packets and the last N dropped ones for tweed capture --recorder; 0 keeps none")
+	fs.StringVar(&f.impair, "impair", "", "treat what is sent as a bad network would, for tests: some of `loss=5%,reorder=2%,delay=20ms,seed=1`")
 	fs.StringVar(&f.logLevel, "log-level", "info", "lowest `level` to log: debug, info, warn or error")
 	fs.StringVar(&f.logFormat, "log-format", "text", "`format` of the log: text or json")
 }
@@ -140,6 +143,9 @@ func (f *Flags) Config() (node.Config, error) {
 	}
 	if cfg.ListenFramings, err = parseFramings(f.framings); err != nil {
 		return node.Config{}, err
+	}
+	if cfg.Impair, err = impair.Parse(f.impair); err != nil {
+		return node.Config{}, fmt.Errorf("--impair %q: %w", f.impair, err)
 	}
 	cfg.Iface, cfg.IfaceRegex, cfg.IfaceCanReach = f.iface, f.ifaceRegex, f.ifaceCanReach
 	cfg.PublicIP = f.publicIP
