@@ -5,12 +5,13 @@
 // value; a change builds a new one and swaps a pointer. All methods of a Table
 // are safe for concurrent use and allocate nothing.
 //
-// Look-up is one array index: the bits of the address that subnets of the
-// longest prefix length in use can differ in select an entry. Leases nearly
-// always share one prefix length inside one network, so a /16 network of /24
-// subnets takes 256 pointers of 8 bytes. Shorter prefixes are expanded
-// when the table is built. Peers whose spread would need more than maxIndex
-// slots are kept in a compressed trie instead.
+// Look-up is one array index: the bits of the address that subnets of the common
+// prefix length can differ in select a slot, which points to an entry. Leases nearly
+// always share one prefix length inside one network, so a /16 network of /24 subnets
+// takes 256 pointers of 8 bytes. Shorter prefixes are expanded when the table is
+// built. A slot that holds longer prefixes leads to an array of its own, indexed by
+// the next bits. Peers so many, so long and so scattered that this would take more
+// than maxCells are kept in a compressed trie instead.
 package table
 
 import (
@@ -24,8 +25,19 @@ import (
 	"tweed/encap"
 )
 
-// maxIndex bounds the direct index: 2^20 pointers are 8 MiB.
-const maxIndex = 1 << 20
+const (
+	// maxIndex bounds the slots of the direct index, 8 bytes each, and maxCells
+	// what all slots of longer prefixes lead to.
+	maxIndex = 1 << 20
+	maxCells = 1 << 21
+)
+
+// A slot of longer prefixes says how many address bits select one of its cells, in
+// the upper bits, and where they begin, in the lower ones; 0 is any other slot.
+const (
+	offBits = 26
+	offMask = 1<<offBits - 1
+)
 
 // Entry is a Peer with what the packet loop needs ready-made.
 type Entry struct {
@@ -44,7 +56,9 @@ type Entry struct {
 type Table struct {
 	base    uint32   // first covered address
 	shift   uint32   // address bits below one slot, 0 to 31
-	index   []*Entry // nil means no peer
+	index   []*Entry // slots; nil where nobody is, or longer prefixes are
+	deeper  []uint32 // slots of longer prefixes; nil if there are none
+	cells   []*Entry
 	entries []Entry
 	addrs   map[uint32]struct{}
 	trie    *bart.Table[*Entry]
@@ -100,46 +114,67 @@ func (t *Table) fill() error {
 	if len(t.entries) == 0 {
 		return nil
 	}
-	order := make([]*Entry, 0, len(t.entries))
-	lo, hi, bits := ^uint32(0), uint32(0), 0
+	leases := make([]lease, len(t.entries))
+	seen := make(map[netip.Prefix]struct{}, len(t.entries))
 	for i := range t.entries {
 		p := t.entries[i].Subnet
-		first := addrBits(p.Addr())
-		lo, hi = min(lo, first), max(hi, first|hostMask(p.Bits()))
-		bits = max(bits, p.Bits())
-		order = append(order, &t.entries[i])
-	}
-	// Shorter prefixes first, so that a longer one overwrites its part.
-	slices.SortStableFunc(order, func(a, b *Entry) int { return a.Subnet.Bits() - b.Subnet.Bits() })
-	seen := make(map[netip.Prefix]struct{}, len(order))
-	for _, e := range order {
-		p := e.Subnet
 		if _, dup := seen[p]; dup {
 			return fmt.Errorf("table: subnet %v is held by two peers", p)
 		}
 		seen[p] = struct{}{}
+		leases[i] = lease{first: addrBits(p.Addr()), bits: p.Bits(), number: i}
 	}
-	shift := uint32(32 - bits)
-	lo &^= hostMask(bits)
-	slots := uint64(hi>>shift) - uint64(lo>>shift) + 1
-	if slots > maxIndex {
-		t.trie = new(bart.Table[*Entry])
-		for _, e := range order {
-			t.trie.Insert(e.Subnet, e)
-		}
+	bits, ok := chooseBits(leases)
+	if !ok {
+		t.enterTrie()
 		return nil
 	}
-	t.base, t.shift = lo, shift
-	t.index = make([]*Entry, slots)
-	for _, e := range order {
-		p := e.Subnet
-		first := (addrBits(p.Addr()) - lo) >> shift
-		last := ((addrBits(p.Addr()) | hostMask(p.Bits())) - lo) >> shift
-		for i := first; i <= last; i++ {
-			t.index[i] = e
-		}
-	}
+	t.enter(leases, bits)
 	return nil
+}
+
+func (t *Table) enterTrie() {
+	t.trie = new(bart.Table[*Entry])
+	for i := range t.entries {
+		t.trie.Insert(t.entries[i].Subnet, &t.entries[i])
+	}
+}
+
+// enter fills the index with slots of so many bits.
+func (t *Table) enter(leases []lease, bits int) {
+	lo, slots := extent(leases, bits)
+	t.base, t.shift = lo, uint32(32-bits)
+	t.index = make([]*Entry, slots)
+	depth := depths(leases, bits)
+	if len(depth) > 0 {
+		t.deeper = make([]uint32, slots)
+	}
+	// Shorter prefixes first, so that a longer one overwrites its part.
+	slices.SortFunc(leases, func(a, b lease) int { return a.bits - b.bits })
+	for _, l := range leases {
+		e := &t.entries[l.number]
+		slot := (l.first - lo) >> t.shift
+		if l.bits <= bits {
+			fill(t.index[slot:((l.last()-lo)>>t.shift)+1], e)
+			continue
+		}
+		n := uint32(depth[l.first>>t.shift])
+		if t.deeper[slot] == 0 {
+			off := len(t.cells)
+			t.cells = slices.Grow(t.cells, 1<<n)[:off+1<<n]
+			fill(t.cells[off:], t.index[slot])
+			t.index[slot], t.deeper[slot] = nil, n<<offBits|uint32(off)
+		}
+		cells := t.cells[t.deeper[slot]&offMask:][:1<<n]
+		below := t.shift - n
+		fill(cells[l.first>>below&(1<<n-1):l.last()>>below&(1<<n-1)+1], e)
+	}
+}
+
+func fill(to []*Entry, e *Entry) {
+	for i := range to {
+		to[i] = e
+	}
 }
 
 // Lookup returns the entry whose subnet holds addr (host byte order), or nil.
@@ -149,8 +184,18 @@ func (t *Table) Lookup(addr uint32) *Entry {
 		return nil
 	}
 	// An address below base wraps round and fails the same comparison.
-	if i := (addr - t.base) >> (t.shift & 31); i < uint32(len(t.index)) {
-		return t.index[i]
+	i := (addr - t.base) >> (t.shift & 31)
+	if i < uint32(len(t.index)) {
+		if e := t.index[i]; e != nil {
+			return e
+		}
+		if i < uint32(len(t.deeper)) {
+			if d := t.deeper[i]; d != 0 {
+				n := d >> offBits & 31
+				return t.cells[d&offMask+addr>>((t.shift-n)&31)&(1<<n-1)]
+			}
+		}
+		return nil
 	}
 	if t.trie != nil {
 		return t.lookupTrie(addr)

@@ -53,7 +53,8 @@ func longest(peers []Peer, addr uint32) *Peer {
 }
 
 func checkLookup(t *rapid.T) {
-	// Prefixes near each other nest and fit the direct index; far ones need the trie.
+	// Prefixes near each other nest and fit the direct index; far ones need cells.
+	// So few never need the trie, which is compared all the same.
 	spread := rapid.SampledFrom([]uint{8, 16, 24, 32}).Draw(t, "spread")
 	base := rapid.Uint32().Draw(t, "base")
 	if spread < 32 {
@@ -78,10 +79,15 @@ func checkLookup(t *rapid.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	trie := &Table{entries: tab.entries}
+	trie.enterTrie()
 	probe := func(addr uint32) {
-		got, want := tab.Lookup(addr), longest(peers, addr)
-		if (got == nil) != (want == nil) || got != nil && got.NodeID != want.NodeID {
-			t.Fatalf("%v: %v, want %v", addrOf(addr), got, want)
+		want := longest(peers, addr)
+		for _, tab := range []*Table{tab, trie} {
+			got := tab.Lookup(addr)
+			if (got == nil) != (want == nil) || got != nil && got.NodeID != want.NodeID {
+				t.Fatalf("%v: %v, want %v", addrOf(addr), got, want)
+			}
 		}
 	}
 	for _, p := range peers { // edges of every prefix, inside and outside
@@ -121,30 +127,50 @@ func TestNestedSubnets(t *testing.T) {
 	}
 }
 
-// One shape for ordinary networks, the other for scattered ones; a look-up
-// must not be able to tell.
+// scattered are n hosts, one in each of n slots whatever the slots are: more than
+// any index is made for.
+func scattered(n int) []Peer {
+	peers := make([]Peer, n)
+	for i := range peers {
+		p := peer("0.0.0.0/32", "192.0.2.1:1")
+		p.Subnet = netip.PrefixFrom(addrOf(uint32(uint64(i)*(1<<32/uint64(n)+77))), 32)
+		peers[i] = p
+	}
+	return peers
+}
+
+// One shape for ordinary networks, others for mixed and for scattered ones; a
+// look-up must not be able to tell.
 func TestShapeFollowsTheSpread(t *testing.T) {
+	one := func(s ...string) (all []Peer) {
+		for _, subnet := range s {
+			all = append(all, peer(subnet, "192.0.2.1:1"))
+		}
+		return all
+	}
 	for name, c := range map[string]struct {
-		peers []Peer
-		trie  bool
-		index int
+		peers        []Peer
+		trie         bool
+		index, cells int
 	}{
-		"none":               {nil, false, 0},
-		"one":                {[]Peer{peer("10.1.2.0/24", "192.0.2.1:1")}, false, 1},
-		"a /16 of /24":       {[]Peer{peer("10.1.0.0/24", "192.0.2.1:1"), peer("10.1.255.0/24", "192.0.2.2:1")}, false, 256},
-		"a /8 of /28":        {[]Peer{peer("10.0.0.0/28", "192.0.2.1:1"), peer("10.255.255.240/28", "192.0.2.2:1")}, false, 1 << 20},
-		"one bit too many":   {[]Peer{peer("10.0.0.0/28", "192.0.2.1:1"), peer("11.0.0.0/28", "192.0.2.2:1")}, true, 0},
-		"the whole Internet": {[]Peer{peer("0.0.0.0/32", "192.0.2.1:1"), peer("255.255.255.255/32", "192.0.2.2:1")}, true, 0},
-		"halves":             {[]Peer{peer("0.0.0.0/1", "192.0.2.1:1"), peer("128.0.0.0/1", "192.0.2.2:1")}, false, 2},
-		"last address":       {[]Peer{peer("255.255.255.255/32", "192.0.2.1:1")}, false, 1},
+		"none":                       {nil, false, 0, 0},
+		"one":                        {one("10.1.2.0/24"), false, 1, 0},
+		"a /16 of /24":               {one("10.1.0.0/24", "10.1.255.0/24"), false, 256, 0},
+		"a /8 of /24 and a host":     {append(network(65536), one("10.3.3.3/32")...), false, 65536, 256},
+		"and one far away":           {append(network(65536), one("200.0.0.0/32")...), false, 190<<8 + 1, 65536 * 2},
+		"a /8 of /28, two of them":   {one("10.0.0.0/28", "10.255.255.240/28"), false, 65536, 32},
+		"the whole Internet, so too": {one("0.0.0.0/32", "255.255.255.255/32"), false, 65536, 2 << 16},
+		"halves":                     {one("0.0.0.0/1", "128.0.0.0/1"), false, 2, 0},
+		"last address":               {one("255.255.255.255/32"), false, 1, 0},
+		"too scattered":              {scattered(1 << 12), true, 0, 0},
 	} {
 		tab := build(t, c.peers...)
-		if (tab.trie != nil) != c.trie || len(tab.index) != c.index {
-			t.Errorf("%s: trie %v, index of %d", name, tab.trie != nil, len(tab.index))
+		if (tab.trie != nil) != c.trie || len(tab.index) != c.index || len(tab.cells) != c.cells {
+			t.Errorf("%s: trie %v, index of %d, %d cells", name, tab.trie != nil, len(tab.index), len(tab.cells))
 		}
 		for _, p := range c.peers {
-			if e := tab.Lookup(bitsOf(p.Subnet.Addr().String())); e == nil || e.Endpoint != p.Endpoint {
-				t.Errorf("%s: %v is not found", name, p.Subnet)
+			if e := tab.Lookup(bitsOf(p.Subnet.Addr().String())); e == nil || e.Subnet.Bits() < p.Subnet.Bits() {
+				t.Fatalf("%s: %v is not found", name, p.Subnet)
 			}
 		}
 	}
@@ -168,7 +194,7 @@ func TestBuildRefuses(t *testing.T) {
 		"IPv6 endpoint":            bad(func(p *Peer) { p.Endpoint = netip.MustParseAddrPort("[fd00::1]:8285") }),
 		"IPv4-mapped endpoint":     bad(func(p *Peer) { p.Endpoint = netip.MustParseAddrPort("[::ffff:192.0.2.2]:8285") }),
 		"port 0":                   bad(func(p *Peer) { p.Endpoint = netip.MustParseAddrPort("192.0.2.2:0") }),
-		"same subnet in the trie":  {peer("1.0.0.0/32", "192.0.2.1:1"), peer("200.0.0.0/32", "192.0.2.1:1"), peer("1.0.0.0/32", "192.0.2.2:1")},
+		"same subnet, scattered":   append(scattered(1<<12), peer("0.0.0.0/32", "192.0.2.2:1")),
 		"same subnet, same holder": {good, good},
 	} {
 		tab, err := Build(local, peers, nil)
@@ -298,14 +324,15 @@ func TestReadersSeeOneTableOrTheNext(t *testing.T) {
 
 func TestLookupAllocatesNothing(t *testing.T) {
 	index := build(t, network(1000)...)
-	trie := build(t, peer("1.0.0.0/32", "192.0.2.1:1"), peer("200.0.0.0/24", "192.0.2.2:1"))
-	if trie.trie == nil || index.trie != nil {
+	deep := build(t, append(network(1000), peer("10.0.3.3/32", "192.0.2.1:1"), peer("10.255.0.0/24", "192.0.2.2:1"))...)
+	trie := build(t, scattered(1<<12)...)
+	if trie.trie == nil || index.trie != nil || deep.cells == nil {
 		t.Fatal("not the shapes this is about")
 	}
 	found := 0
 	if n := testing.AllocsPerRun(100, func() {
-		for _, a := range []uint32{10<<24 | 5<<8, 1 << 24, 200<<24 | 7, 99 << 24} {
-			if index.Lookup(a) != nil || trie.Lookup(a) != nil {
+		for _, a := range []uint32{10<<24 | 5<<8, 10<<24 | 3<<8 | 3, 1 << 24, 200<<24 | 7, 99 << 24} {
+			if index.Lookup(a) != nil || deep.Lookup(a) != nil || trie.Lookup(a) != nil {
 				found++
 			}
 			index.HasAddr(a)
