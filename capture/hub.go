@@ -51,6 +51,9 @@ type Config struct {
 	Points tap.Points
 	// Snap is how many bytes of a packet to keep, 0 for MaxSnap.
 	Snap int
+	// Supers shows super-packets in one piece, at the inner points and at
+	// tap.Drop, instead of segment by segment.
+	Supers bool
 	// Filters keep only the packets that all of them match.
 	Filters []*filter.Program
 	// Keep makes the session a flight recorder: it keeps the newest packets and
@@ -72,7 +75,7 @@ type Hub struct {
 	source   Tapped
 	sessions map[*Session]struct{}
 	set      *tap.Set
-	counted  Counts // of set's losses, what the sessions have been told
+	counted  [2]Counts // of set's losses, what the sessions have been told; [1] those with Supers
 	running  bool
 	heads    []tap.Record // of each ring of set, when full says so
 	full     []bool
@@ -150,7 +153,9 @@ func (h *Hub) install() error {
 	}
 	var points tap.Points
 	snap := 0
+	whole, split := false, false
 	for s := range h.sessions {
+		whole, split = whole || s.cfg.Supers, split || !s.cfg.Supers
 		points |= s.cfg.Points
 		// A record holds the framing's prefix before what is inside.
 		snap = max(snap, s.cfg.Snap+encap.MaxPrefixLen)
@@ -163,7 +168,10 @@ func (h *Hub) install() error {
 	if err != nil {
 		return fmt.Errorf("capture: %w", err)
 	}
-	h.set, h.counted = set, Counts{}
+	if whole {
+		set.Supers(split)
+	}
+	h.set, h.counted = set, [2]Counts{}
 	h.heads, h.full = make([]tap.Record, len(set.Rings())), make([]bool, len(set.Rings()))
 	h.source.SetTap(set)
 	return nil
@@ -242,12 +250,16 @@ func (h *Hub) tellLost() {
 	if h.set == nil {
 		return
 	}
-	lost := Counts(h.set.Lost())
+	lost := [2]Counts{h.set.Lost(false), h.set.Lost(true)}
 	if lost == h.counted {
 		return
 	}
 	for s := range h.sessions {
-		s.lost(&lost, &h.counted)
+		kind := 0
+		if s.cfg.Supers {
+			kind = 1
+		}
+		s.lost(&lost[kind], &h.counted[kind])
 	}
 	h.counted = lost
 }

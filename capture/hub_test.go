@@ -505,7 +505,7 @@ func TestKeptPacketsAreBoundedInBytes(t *testing.T) {
 	gone := 0
 	p := Packet{Data: make([]byte, 1400)}
 	for range 5000 {
-		w.put(&p, 100_000, func(tap.Point) { gone++ })
+		w.put(&p, 100_000, func(tap.Point, uint64) { gone++ })
 		sum, used := 0, 0
 		for _, f := range w.frames {
 			sum += cap(f)

@@ -40,6 +40,9 @@ type Packet struct {
 	Data []byte
 }
 
+// count is the number of packets in the ledger.
+func (p *Packet) count() uint64 { return uint64(max(p.Segments, 1)) }
+
 // Counts are numbers of packets by tap point.
 type Counts [tap.NumPoints]uint64
 
@@ -53,7 +56,8 @@ func (c Counts) Total() uint64 {
 }
 
 // Stats is what a session has seen at each point. Seen + Lost is what the
-// engine's ledger counted there while the session ran.
+// engine's ledger counted there while the session ran: a super-packet counts as
+// its segments.
 type Stats struct {
 	// Seen reached the session's filter; Matched passed it.
 	Seen, Matched Counts

@@ -21,18 +21,18 @@ type wheel struct {
 
 // put adds a packet, and drops the oldest for it while there are as many as
 // there may be, or more bytes than limit, unless that is 0.
-func (w *wheel) put(p *Packet, limit int, dropped func(tap.Point)) {
+func (w *wheel) put(p *Packet, limit int, dropped func(tap.Point, uint64)) {
 	need := frameLen(p)
 	for i := w.next; limit > 0 && w.bytes+need > limit && i < w.next+len(w.frames); i++ {
 		if f := &w.frames[i%len(w.frames)]; len(*f) > 0 {
-			dropped(pointOf(*f))
+			dropped(pointOf(*f), countOf(*f))
 			w.bytes -= cap(*f)
 			*f = nil
 		}
 	}
 	f := w.frames[w.next]
 	if len(f) > 0 {
-		dropped(pointOf(f))
+		dropped(pointOf(f), countOf(f))
 	}
 	w.bytes -= cap(f)
 	f = appendPacket(f[:0], p)
@@ -44,13 +44,18 @@ func (w *wheel) put(p *Packet, limit int, dropped func(tap.Point)) {
 // pointOf is the tap point in a packet's frame.
 func pointOf(frame []byte) tap.Point { return tap.Point(frame[headLen+24]) }
 
+// countOf is the number of packets a frame stands for.
+func countOf(frame []byte) uint64 {
+	return uint64(max(binary.LittleEndian.Uint32(frame[headLen+32:]), 1))
+}
+
 func newRecorder(keep int) *recorder {
 	return &recorder{wheel{frames: make([][]byte, keep)}, wheel{frames: make([][]byte, keep)}}
 }
 
 // put adds a packet and tells the points of those that had to go. limit bounds
 // the memory of both halves, in bytes, unless it is 0.
-func (r *recorder) put(p *Packet, limit int, gone func(tap.Point)) {
+func (r *recorder) put(p *Packet, limit int, gone func(tap.Point, uint64)) {
 	w := &r.passed
 	if p.Point == tap.Drop {
 		w = &r.dropped

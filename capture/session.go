@@ -46,7 +46,7 @@ func (s *Session) record(r *tap.Record) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	number, tagged := vni(r)
-	s.view.show(r, s.cfg.Points, func(p *Packet) {
+	s.view.show(r, s.cfg.Points, s.cfg.Supers, func(p *Packet) {
 		hit, ok := s.wants(p, int(r.PrefixLen), number, tagged)
 		if !ok {
 			return
@@ -66,7 +66,7 @@ func (s *Session) wants(p *Packet, prefix int, vni uint32, tagged bool) (hit, ok
 	if s.closed {
 		return false, false
 	}
-	s.stats.Seen[p.Point]++
+	s.stats.Seen[p.Point] += p.count()
 	if len(s.cfg.Filters) > 0 || s.cfg.Until != nil {
 		s.describe(p, prefix)
 		s.meta.VNI, s.meta.Tagged = vni, tagged
@@ -77,7 +77,7 @@ func (s *Session) wants(p *Packet, prefix int, vni uint32, tagged bool) (hit, ok
 			}
 		}
 	}
-	s.stats.Matched[p.Point]++
+	s.stats.Matched[p.Point] += p.count()
 	return hit, true
 }
 
@@ -89,12 +89,12 @@ func (s *Session) put(p *Packet) {
 		if s.cfg.Until != nil {
 			limit = s.limit
 		}
-		s.keep.put(p, limit, func(gone tap.Point) { s.stats.Overrun[gone]++ })
+		s.keep.put(p, limit, func(gone tap.Point, n uint64) { s.stats.Overrun[gone] += n })
 		return
 	}
 	if len(s.filled)+frameLen(p) > s.limit {
-		s.stats.Overrun[p.Point]++
-		s.gap[p.Point]++
+		s.stats.Overrun[p.Point] += p.count()
+		s.gap[p.Point] += p.count()
 		return
 	}
 	p.Lost = s.gap[p.Point]

@@ -50,7 +50,9 @@ type Hello struct {
 	Ports  map[uint16]string `json:"ports"`
 	Points []string          `json:"points"`
 	Snap   int               `json:"snap"`
-	Filter string            `json:"filter,omitempty"`
+	// SuperPackets says that super-packets are in one piece.
+	SuperPackets bool   `json:"super_packets,omitempty"`
+	Filter       string `json:"filter,omitempty"`
 	// Peers are the names of underlay addresses.
 	Peers map[string]string `json:"peers,omitempty"`
 }

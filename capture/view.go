@@ -34,14 +34,25 @@ type viewer struct {
 
 // show calls emit for each wanted point the record passed, and for each segment
 // of a super-packet.
-func (v *viewer) show(r *tap.Record, want tap.Points, emit func(*Packet)) {
-	if r.Flags&tap.Super != 0 {
+// If whole, super-packets are shown in one piece.
+func (v *viewer) show(r *tap.Record, want tap.Points, whole bool, emit func(*Packet)) {
+	switch {
+	case r.Flags&tap.Whole != 0:
+		if !whole {
+			return
+		}
+	case r.Flags&tap.Segment != 0 && whole:
+		want &^= tap.Of(tap.TunIn, tap.TunOut)
+	case r.Flags&tap.Super != 0 && !whole:
 		v.segments(r, want, emit)
 		return
 	}
 	for p := range tap.NumPoints {
 		if r.Points.Has(p) && want.Has(p) {
 			v.packet(r, p)
+			if whole && r.Of != 0 {
+				v.pkt.ID = r.Of
+			}
 			emit(&v.pkt)
 		}
 	}
@@ -53,6 +64,9 @@ func (v *viewer) packet(r *tap.Record, p tap.Point) {
 	*pkt = Packet{
 		Time: r.Time, ID: r.ID, Point: p, Reason: engine.Reason(r.Reason), Receive: r.Receive, Worker: r.Worker,
 		Peer: addrPort(r.Peer, r.PeerPort), Local: addrPort(r.Local, r.LocalPort), VXLAN: r.PrefixLen > 0, Segments: 1,
+	}
+	if r.Flags&tap.Super != 0 {
+		pkt.Segments, pkt.SegmentPayload = int(r.Segments), int(r.SegmentPayload)
 	}
 	prefix := int(r.PrefixLen)
 	// What was dropped on receipt is shown as it arrived: its inner part may
@@ -94,7 +108,7 @@ func (v *viewer) segments(r *tap.Record, want tap.Points, emit func(*Packet)) {
 	one := *r
 	one.Flags &^= tap.Super
 	if err := v.split.Start(v.whole, &h); err != nil {
-		v.show(&one, want, emit)
+		v.show(&one, want, false, emit)
 		return
 	}
 	v.split.Begin(v.whole, false)
@@ -116,7 +130,7 @@ func (v *viewer) segments(r *tap.Record, want tap.Points, emit func(*Packet)) {
 		} else {
 			one.Flags |= tap.Partial
 		}
-		v.show(&one, want, emit)
+		v.show(&one, want, false, emit)
 		one.ID++
 		one.Time++
 	}

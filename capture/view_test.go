@@ -34,7 +34,7 @@ func vxlanPrefix() []byte {
 // seen shows a record at its points and copies the packets.
 func seen(v *viewer, r *tap.Record, want tap.Points) []Packet {
 	var out []Packet
-	v.show(r, want, func(p *Packet) {
+	v.show(r, want, false, func(p *Packet) {
 		q := *p
 		q.Data = slices.Clone(p.Data)
 		out = append(out, q)

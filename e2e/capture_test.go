@@ -39,7 +39,7 @@ func (e *daemon) capture(args ...string) *process {
 // summary are the three numbers a capture ends with.
 func (p *process) summary() (captured, received, dropped uint64) {
 	p.t.Helper()
-	m := regexp.MustCompile(`(?m)^(\d+) packets? (captured|received by filter|dropped by capture)$`).FindAllStringSubmatch(p.output(), -1)
+	m := regexp.MustCompile(`(?m)^(\d+) packets? (captured|received by filter|dropped by capture)(?:, in \d+ records?)?$`).FindAllStringSubmatch(p.output(), -1)
 	if len(m) != 3 {
 		p.t.Fatalf("no summary of three lines:\n%s", p.output())
 	}
@@ -198,12 +198,16 @@ func TestCaptureAccountsForBulkTraffic(t *testing.T) {
 	awaitPeers(1, a, b)
 	file := filepath.Join(w.dir, "bulk.pcapng")
 	before := assertBalance(t, a)
-	c := a.capture("--point", "all", "-s", "128", "-w", file)
+	supers := filepath.Join(w.dir, "supers.pcapng")
+	c, d := a.capture("--point", "all", "-s", "128", "-w", file), a.capture("--point", "all", "-s", "128", "--super-packets", "-w", supers)
 	assertTraffic(t, a.host(), b.host(), transferBytes(), []int{1, 1400, 60000})
-	if status := c.end(unix.SIGTERM); status != 0 {
-		t.Errorf("exit status %d: %s", status, c.output())
+	for _, p := range []*process{c, d} {
+		if status := p.end(unix.SIGTERM); status != 0 {
+			t.Errorf("exit status %d: %s", status, p.output())
+		}
 	}
 	want := taken(before, assertBalance(t, a))
+	assertSuperPackets(t, d, supers, want)
 	f := readCapture(t, file)
 	for p := range tap.NumPoints {
 		if f.received[p] != want[p] || f.packets[p]+f.dropped[p] != want[p] || f.delivered[p] != f.packets[p] {
@@ -219,6 +223,26 @@ func TestCaptureAccountsForBulkTraffic(t *testing.T) {
 	needTool(t, "capinfos")
 	if out, err := exec.Command("capinfos", file).CombinedOutput(); err != nil || strings.Contains(string(out), "cut short") {
 		t.Errorf("capinfos: %v, %s", err, lastLines(string(out), 5))
+	}
+}
+
+// assertSuperPackets: the counters are those of the ledger, the records fewer.
+func assertSuperPackets(t *testing.T, c *process, file string, want [tap.NumPoints]uint64) {
+	t.Helper()
+	f := readCapture(t, file)
+	for p := range tap.NumPoints {
+		if f.received[p] != want[p] || f.delivered[p]+f.dropped[p] != want[p] {
+			t.Errorf("super-packets, %s: %d in the file + %d dropped of %d received, ledger %d", p, f.delivered[p], f.dropped[p], f.received[p], want[p])
+		}
+	}
+	for _, p := range []tap.Point{tap.TunIn, tap.TunOut} {
+		if f.packets[p] == 0 || f.packets[p] >= f.delivered[p] {
+			t.Errorf("%s: %d records of %d packets: no super-packet among them", p, f.packets[p], f.delivered[p])
+		}
+	}
+	captured, received, dropped := c.summary()
+	if captured+dropped != received || received != sum(want) {
+		t.Errorf("super-packets: %d captured + %d dropped, %d received, ledger %d", captured, dropped, received, sum(want))
 	}
 }
 

@@ -275,7 +275,7 @@ func (w *txWorker) switched(v *view, p *tun.Packet, ip []byte, segments, bytes u
 	if err != nil {
 		w.tally.drop(TxLocalError, segments)
 		if w.tap.ring != nil {
-			w.tap.ring.Fail(h.ID, tap.TunOut, uint8(TxLocalError), segments)
+			w.tap.ring.Fail(h.ID, h.Flags, tap.TunOut, uint8(TxLocalError), segments)
 		}
 		return true
 	}

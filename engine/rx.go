@@ -3,6 +3,7 @@ package engine
 import (
 	"bytes"
 	"encoding/binary"
+	"unsafe"
 
 	"tweed/encap"
 	"tweed/engine/tap"
@@ -30,8 +31,11 @@ type rxWorker struct {
 	busy   busy
 	tap    tapper
 	local  Listen
-	// refused tells the tap of a packet that was not written.
+	// refused tells the tap of a packet that was not written; wrote and joined
+	// tell it of super-packets.
 	refused func(id uint64)
+	wrote   func(*tun.Merged)
+	joined  func(id, of uint64)
 }
 
 func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker, error) {
@@ -48,9 +52,10 @@ func newRxWorker(e *Engine, l Listen, s *encap.Socket, q *tun.Queue) (*rxWorker,
 	w.tap.worker = e.taps()
 	w.refused = func(id uint64) {
 		if w.tap.ring != nil {
-			w.tap.ring.Fail(id, tap.TunOut, uint8(RxTUNError), 1)
+			w.tap.ring.Fail(id, w.tap.segments(), tap.TunOut, uint8(RxTUNError), 1)
 		}
 	}
+	w.wrote, w.joined = w.showWhole, func(id, of uint64) { w.tap.ring.Join(id, of) }
 	return w, nil
 }
 
@@ -172,8 +177,33 @@ func (w *rxWorker) show(m *encap.Message, data []byte, id uint64, reason Reason,
 		Receive: true, Peer: m.Source, PeerPort: m.SourcePort, Local: addrBits(w.local.Addr.Addr()), LocalPort: w.local.Addr.Port(), Segments: 1}
 	if !ok {
 		h.Points, h.Reason = tap.Of(tap.WireIn, tap.Drop), uint8(reason)
+	} else {
+		h.Flags = w.tap.segments()
 	}
 	w.tap.put(&h, data, nil)
+}
+
+// showWhole gives the tap what was written to the TUN at once: a packet, or
+// several merged into one.
+func (w *rxWorker) showWhole(m *tun.Merged) {
+	h := tap.Header{
+		ID: m.Tag, Of: m.Tag, Points: tap.Of(tap.TunOut), Flags: tap.Inner | tap.Whole, Receive: true,
+		Local: addrBits(w.local.Addr.Addr()), LocalPort: w.local.Addr.Port(), Segments: uint16(m.Parts),
+	}
+	if m.Parts > 1 {
+		h.Flags |= tap.Super
+		h.SegmentPayload = uint16(m.Payload)
+	}
+	if m.Partial {
+		h.Flags |= tap.Partial
+	}
+	ip := unsafe.Slice(m.Pieces[0].Base, m.Pieces[0].Len)
+	if e := w.seen.table.Lookup(binary.BigEndian.Uint32(ip[12:])); e != nil {
+		h.Peer, h.PeerPort = e.Addr, e.Endpoint.Port()
+	}
+	h.Time = w.tap.now
+	w.tap.now++
+	w.tap.ring.PutPieces(&h, m.Length, m.Pieces)
 }
 
 // check applies the receive rules, the cheapest first, and returns the inner
@@ -243,6 +273,9 @@ func martian(a uint32) bool {
 // flush writes what the coalescer holds and enters the outcome.
 func (w *rxWorker) flush() {
 	res := tun.Written{Refused: w.refused}
+	if w.tap.ring != nil && w.tap.ring.Whole() {
+		res.Wrote, res.Joined = w.wrote, w.joined
+	}
 	w.writer.Flush(w.merge, &res)
 	w.tally.Delivered += res.Packets
 	w.tally.DeliveredBytes += res.Bytes

@@ -39,6 +39,14 @@ func (t *tapper) end() {
 	}
 }
 
+// segments are the flags of a packet that may become part of a super-packet.
+func (t *tapper) segments() tap.Flags {
+	if t.ring.Whole() {
+		return tap.Segment
+	}
+	return 0
+}
+
 func (t *tapper) put(h *tap.Header, head, tail []byte) {
 	h.Time = t.now
 	if h.ID == 0 {

@@ -90,7 +90,7 @@ func newTxWorker(e *Engine, src source, udp *encap.Socket) (*txWorker, error) {
 	w.tap.worker = e.taps()
 	w.refused = func(id uint64, class encap.SendError) {
 		if w.tap.ring != nil {
-			w.tap.ring.Fail(id, tap.WireOut, uint8(sendReasons[class]), 1)
+			w.tap.ring.Fail(id, 0, tap.WireOut, uint8(sendReasons[class]), 1)
 		}
 	}
 	return w, nil
@@ -253,6 +253,10 @@ func (w *txWorker) route(v *view, ip []byte, super bool) (*table.Entry, Reason) 
 func (w *txWorker) splitTo(e *table.Entry, room []byte) {
 	ip := room[tun.Headroom:]
 	o := w.outOf(e, ip)
+	s := segment{ecn: ip[1] & 3, partial: e.PartialChecksums}
+	if w.tap.ring != nil && w.tap.ring.Whole() {
+		s.of = w.showWhole(e, ip)
+	}
 	w.split.Begin(ip, e.PartialChecksums)
 	hl := w.split.HeaderLen()
 	need := e.PrefixLen + hl
@@ -260,7 +264,6 @@ func (w *txWorker) splitTo(e *table.Entry, room []byte) {
 	// The first segment stays where it is: its headers are rewritten in place
 	// and its payload follows them.
 	first, _ := w.split.Next(ip[:hl])
-	s := segment{ecn: ip[1] & 3, partial: e.PartialChecksums}
 	s.head = room[tun.Headroom-e.PrefixLen : tun.Headroom+hl+len(first)]
 	copy(s.head, e.Prefix[:e.PrefixLen])
 	w.add(o, e, s)
@@ -281,11 +284,26 @@ func (w *txWorker) splitTo(e *table.Entry, room []byte) {
 	}
 }
 
+// showWhole gives the tap the super-packet the splitter was started with, on
+// its way to e, and returns its name.
+func (w *txWorker) showWhole(e *table.Entry, ip []byte) uint64 {
+	h := tap.Header{
+		Points: tap.Of(tap.TunIn), Flags: tap.Inner | tap.Super | tap.Whole | tap.Partial, Peer: e.Addr, PeerPort: e.Endpoint.Port(), Local: w.local,
+		Segments: uint16(w.split.Count()), SegmentPayload: uint16(w.split.SegmentLen() - w.split.HeaderLen()),
+	}
+	if e.Framing == encap.FramingUDP {
+		h.Flags |= tap.TTLLowered
+	}
+	w.tap.put(&h, ip, nil)
+	return h.ID
+}
+
 // segment is one datagram to be sent: prefix and packet in one or two pieces.
 type segment struct {
 	head, tail []byte
 	ecn        uint8
-	partial    bool // inner checksum left to the receiver
+	partial    bool   // inner checksum left to the receiver
+	of         uint64 // the super-packet it is of, when the tap wants to know
 }
 
 func (w *txWorker) add(o *out, e *table.Entry, s segment) {
@@ -295,6 +313,9 @@ func (w *txWorker) add(o *out, e *table.Entry, s segment) {
 			Peer: e.Addr, PeerPort: e.Endpoint.Port(), Local: w.local, LocalPort: o.port, Segments: 1}
 		if s.partial {
 			h.Flags |= tap.Partial
+		}
+		if s.of != 0 {
+			h.Of, h.Flags = s.of, h.Flags|tap.Segment
 		}
 		if e.Framing == encap.FramingUDP {
 			h.Flags |= tap.TTLLowered

@@ -33,6 +33,8 @@ type CaptureRequest struct {
 	Points []string `json:"points,omitempty"`
 	// Snap is how many bytes of a packet to keep, from 1; 0 means all.
 	Snap int `json:"snap,omitempty"`
+	// SuperPackets shows super-packets in one piece, not segment by segment.
+	SuperPackets bool `json:"super_packets,omitempty"`
 	// Filters are expressions of package filter; a packet has to match all.
 	Filters []string `json:"filters,omitempty"`
 	// Peers are node names, node ids, underlay addresses or subnets; a packet
@@ -276,7 +278,7 @@ func streamCapture(ctx context.Context, w http.ResponseWriter, s *capture.Sessio
 
 // captureConfig checks a request. Errors in its expressions are *filter.Error.
 func (n *Node) captureConfig(r *CaptureRequest) (capture.Config, error) {
-	c := capture.Config{Snap: r.Snap}
+	c := capture.Config{Snap: r.Snap, Supers: r.SuperPackets}
 	if r.Snap < 0 || r.Snap > capture.MaxSnap {
 		return c, fmt.Errorf("snap length %d: expected 1 to %d bytes, or 0 for all", r.Snap, capture.MaxSnap)
 	}
@@ -411,7 +413,7 @@ func (n *Node) captureHello(r *CaptureRequest, snap int) capture.Hello {
 	v := n.view.Load()
 	h := capture.Hello{
 		Version: n.cfg.Version, Node: v.node.Name, NodeID: v.node.ID, Device: v.device.Name, MTU: v.device.MTU,
-		Snap: snap, Points: r.Points, Peers: v.namesByAddr(), Ports: map[uint16]string{},
+		Snap: snap, SuperPackets: r.SuperPackets, Points: r.Points, Peers: v.namesByAddr(), Ports: map[uint16]string{},
 	}
 	if v.node.PublicIP.IsValid() {
 		h.Address = v.node.PublicIP.String()

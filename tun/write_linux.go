@@ -17,6 +17,24 @@ type Written struct {
 	Writes uint64
 	// Refused, unless nil, is called with the tag of each failed packet.
 	Refused func(tag uint64)
+	// Wrote, unless nil, is called for each write that succeeded, and Joined
+	// then for each packet but the first of it. Merged is borrowed.
+	Wrote  func(*Merged)
+	Joined func(tag, first uint64)
+}
+
+// Merged is what was written at once: one packet, or several under the headers
+// of the first.
+type Merged struct {
+	// Tag names the first packet.
+	Tag uint64
+	// Parts is the number of packets, Payload the payload bytes of each but the
+	// last, Length the bytes of all as one packet.
+	Parts, Payload, Length int
+	// Partial says that the transport checksum is the sum of the pseudo header.
+	Partial bool
+	// Pieces are the packet, the headers in the first.
+	Pieces []unix.Iovec
 }
 
 func (r *Written) fail(tag, bytes uint64) {
@@ -30,8 +48,9 @@ func (r *Written) fail(tag, bytes uint64) {
 // Writer writes the items of a Coalescer to their queues. It belongs to one
 // goroutine.
 type Writer struct {
-	iovs [1 + maxParts]unix.Iovec
-	hdr  [maxHdr]byte
+	iovs   [1 + maxParts]unix.Iovec
+	hdr    [maxHdr]byte
+	merged Merged
 }
 
 // NewWriter returns a Writer.
@@ -81,6 +100,13 @@ func (w *Writer) item(c *Coalescer, it *item, res *Written) bool {
 		// until 89add40066f9); the packets themselves are good.
 		it.queue.noGSO.Store(true)
 	}
+	if e == 0 && res.Wrote != nil {
+		w.merged = Merged{Tag: it.tag, Parts: it.parts, Payload: int(it.size), Length: it.total, Partial: h.flags&needsCsum != 0, Pieces: w.iovs[1:n]}
+		res.Wrote(&w.merged)
+		for p := it.head; p >= 0; p = c.parts[p].next {
+			res.Joined(c.parts[p].tag, it.tag)
+		}
+	}
 	return e == 0
 }
 
@@ -119,6 +145,10 @@ func (w *Writer) flushParts(c *Coalescer, it *item, res *Written) {
 		if e := it.queue.writev(it.queue.fd, w.iovs[:w.start(it.queue, &h, pkt)]); e == 0 {
 			res.Packets++
 			res.Bytes += uint64(len(pkt))
+			if res.Wrote != nil {
+				w.merged = Merged{Tag: tag, Parts: 1, Length: len(pkt), Partial: h.flags&needsCsum != 0, Pieces: w.iovs[1:2]}
+				res.Wrote(&w.merged)
+			}
 		} else {
 			res.fail(tag, uint64(len(pkt)))
 		}

@@ -35,6 +35,8 @@ type captureOptions struct {
 	rotateSize    int // -C, millions of bytes
 	wireshark     string
 	recorder      bool
+	segments      bool
+	supers        bool
 	until         string
 	before        int
 }
@@ -62,6 +64,11 @@ Without -w, one decoded line a packet: time, tap point, direction (> out, < in),
 peer, packet. With -w the file is pcapng, or pcap if its name says so: mode 0600,
 one interface a tap point, nanoseconds, direction, frame.packet_id, drop reasons
 as comments (frame.comment contains "drop:no-route"), losses and counters.
+
+The host and the engine move TCP and UDP in super-packets of up to 64 KB. By default
+each segment is a record, as on the wire. --super-packets has one record for
+each super-packet, and the same packet id for it and its datagrams; the counters
+count segments all the same, as the ledger does.
 
 With --until FILTER nothing is written until a packet matches: then what led to it,
 the flight recorder's packets first, if there is one, and the packet itself at
@@ -111,6 +118,8 @@ func (o *captureOptions) register(cmd *cobra.Command) {
 	fs.IntVarP(&o.rotateSeconds, "rotate-seconds", "G", 0, "begin the next file every `SECONDS`, its name from strftime")
 	fs.IntVarP(&o.rotateSize, "file-size", "C", 0, "begin the next file after `MILLIONS` of bytes")
 	fs.IntVarP(&o.rotateCount, "file-count", "W", 0, "with -C, write over `N` files in turn; with -G, stop after N files")
+	fs.BoolVar(&o.segments, "segments", false, "one record a segment of a super-packet (the default)")
+	fs.BoolVar(&o.supers, "super-packets", false, "one record a super-packet at the inner points, with the length it had")
 	fs.BoolVar(&o.recorder, "recorder", false, "show what the flight recorder of the engine holds (tweed up --flight-recorder N)")
 	fs.StringVar(&o.until, "until", "", "capture until a packet matches this `filter`, such as 'reason no-route', then show what led to it and end; --point all is the default")
 	fs.IntVar(&o.before, "before", 1000, "with --until, how many `packets` before that one to keep, and as many dropped ones")
@@ -144,7 +153,7 @@ func (o *captureOptions) request(expression string) (node.CaptureRequest, error)
 	if o.recorder {
 		return node.CaptureRequest{Recorder: true}, nil
 	}
-	r.Points, r.Until, r.Before = namesOf(points), o.until, o.before
+	r.Points, r.Until, r.Before, r.SuperPackets = namesOf(points), o.until, o.before, o.supers
 	if o.snap < 0 || o.snap > capture.MaxSnap {
 		return r, fmt.Errorf("-s %d: expected 1 to %d bytes, or 0 for all", o.snap, capture.MaxSnap)
 	}
@@ -216,12 +225,16 @@ func (o *captureOptions) plan(fs *pflag.FlagSet) (filePlan, error) {
 	return p, nil
 }
 
-// checkUntil refuses what makes no sense with --until, or without it.
-func (o *captureOptions) checkUntil(fs *pflag.FlagSet) error {
+// check refuses what makes no sense together.
+func (o *captureOptions) check(fs *pflag.FlagSet) error {
 	given := fs.Changed("until")
 	switch {
 	case given && strings.TrimSpace(o.until) == "":
 		return errors.New("--until: expected a filter, such as 'reason no-route'")
+	case o.segments && o.supers:
+		return errors.New("--segments and --super-packets: expected one of them")
+	case o.supers && o.recorder:
+		return errors.New("--super-packets: the flight recorder has segments only")
 	case given && o.recorder:
 		return errors.New("--recorder and --until: expected one of them: --until begins with what the recorder holds")
 	case !given && fs.Changed("before"):
@@ -242,7 +255,7 @@ func runCapture(cmd *cobra.Command, c *client, o *captureOptions, expression str
 	if o.recorder && (strings.TrimSpace(expression) != "" || len(o.points)+len(o.peers)+len(o.reasons)+o.snap > 0 || o.flow != "") {
 		return newUsageError(cmd, errors.New("--recorder: it has recorded already, all points and 128 bytes: choose from the file, with tshark -Y"))
 	}
-	if err := o.checkUntil(cmd.Flags()); err != nil {
+	if err := o.check(cmd.Flags()); err != nil {
 		return newUsageError(cmd, err)
 	}
 	req, err := o.request(expression)

@@ -76,13 +76,16 @@ type captureFiles struct {
 	slice   int    // files begun since the last turn of -G
 	kept    []string
 	written [tap.NumPoints]uint64
-	total   uint64 // in all files
-	safe    uint64 // of these, surely written
+	total   tally // in all files
+	safe    tally // of these, surely written
 	// stats are what the engine last said.
 	stats capture.Stats
 	start int64 // ns
 	rec   pcapng.Packet
 }
+
+// tally counts packets as the ledger does, and the records they are in.
+type tally struct{ packets, records uint64 }
 
 // newCaptureFiles opens the first file.
 func newCaptureFiles(plan filePlan, h capture.Hello) (*captureFiles, error) {
@@ -184,16 +187,20 @@ func describePoint(p tap.Point, h *capture.Hello) string {
 	if device == "" {
 		device = "the attached containers"
 	}
+	note := ""
+	if h.SuperPackets {
+		note = "; super-packets are in one piece, the statistics count their segments"
+	}
 	const made = "; the engine does not see the outer IP and UDP headers: they are made from the addresses"
 	switch p {
 	case tap.TunIn:
-		return "inner packets read from " + device + ", leaving " + h.Node
+		return "inner packets read from " + device + ", leaving " + h.Node + note
 	case tap.WireOut:
 		return "datagrams " + h.Node + " sent to its peers" + made
 	case tap.WireIn:
 		return "datagrams " + h.Node + " received" + made
 	case tap.TunOut:
-		return "inner packets written to " + device + ", arriving at " + h.Node
+		return "inner packets written to " + device + ", arriving at " + h.Node + note
 	}
 	return "packets " + h.Node + " gave up, with the reason as a comment"
 }
@@ -272,13 +279,19 @@ func (f *captureFiles) packet(p *capture.Packet, stats *capture.Stats) error {
 	if p.Point == tap.Drop {
 		r.Comment = dropComments[p.Reason]
 	}
+	segments := uint64(max(p.Segments, 1))
+	if segments > 1 {
+		r.Flags |= pcapng.FlagSuperPacket
+		r.Comment = strings.TrimPrefix(r.Comment+"; "+capture.SuperComment(p), "; ")
+	}
 	before := f.out.size
 	if err := f.explain(f.w.WritePacket(r)); err != nil {
 		return err
 	}
-	f.written[p.Point]++
+	f.written[p.Point] += segments
 	f.packets++
-	f.total++
+	f.total.records++
+	f.total.packets += segments
 	if f.out.size != before {
 		f.safe = f.total
 	}
@@ -386,11 +399,11 @@ func (f *captureFiles) flush() error {
 }
 
 // captured is how many packets are in the files.
-func (f *captureFiles) captured() uint64 {
+func (f *captureFiles) captured() (packets, records uint64) {
 	if f.out.failed {
-		return f.safe
+		return f.safe.packets, f.safe.records
 	}
-	return f.total
+	return f.total.packets, f.total.records
 }
 
 // blockWriter counts what it writes, which is always whole blocks, and takes
@@ -439,7 +452,7 @@ func (f *captureFiles) explain(err error) error {
 		return errClosedPipe
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		return fmt.Errorf("capture: %s: the disk is full after %s; end the file earlier with -a filesize:KB or keep a few with -b filesize:KB -b files:N",
-			f.plan.path, count(f.safe, "packet"))
+			f.plan.path, count(f.safe.packets, "packet"))
 	}
 	return fileError(err)
 }

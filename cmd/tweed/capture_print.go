@@ -20,14 +20,15 @@ import (
 
 // packetPrinter writes one line a packet.
 type packetPrinter struct {
-	w       *bufio.Writer
-	hello   *capture.Hello
-	colour  bool
-	json    bool
-	peers   int // width of the column
-	loc     *time.Location
-	printed uint64
-	out     io.Writer
+	w        *bufio.Writer
+	hello    *capture.Hello
+	colour   bool
+	json     bool
+	peers    int // width of the column
+	loc      *time.Location
+	printed  uint64 // lines, segments the packets they stand for
+	segments uint64
+	out      io.Writer
 }
 
 func newPacketPrinter(w io.Writer, h *capture.Hello, asJSON, colour bool) *packetPrinter {
@@ -73,11 +74,13 @@ type printedPacket struct {
 	Explain   string `json:"explain,omitempty"`
 	Length    int    `json:"length"`
 	Packet    string `json:"packet"`
+	Segments  int    `json:"segments,omitempty"`
 	Lost      uint64 `json:"lost_before,omitempty"`
 }
 
 func (p *packetPrinter) packet(c *capture.Packet, _ *capture.Stats) error {
 	p.printed++
+	p.segments += uint64(max(c.Segments, 1))
 	peer := p.peerName(c)
 	text := decodeLine(c)
 	when := time.Unix(0, c.Time).In(p.loc)
@@ -89,6 +92,9 @@ func (p *packetPrinter) packet(c *capture.Packet, _ *capture.Stats) error {
 			return s
 		}
 		return esc + s + escOff
+	}
+	if c.Segments > 1 {
+		text += "  [" + capture.SuperComment(c) + "]"
 	}
 	arrow, esc := ">", escCyan
 	if c.Receive {
@@ -112,6 +118,9 @@ func (p *packetPrinter) printJSON(c *capture.Packet, peer, text string, when tim
 	}
 	if c.Receive {
 		o.Direction = "in"
+	}
+	if c.Segments > 1 {
+		o.Segments = c.Segments
 	}
 	if c.Peer.IsValid() {
 		o.PeerAddr = c.Peer.String()
@@ -137,11 +146,11 @@ func (p *packetPrinter) peerName(c *capture.Packet) string {
 	return addr
 }
 
-func (p *packetPrinter) flush() error                { return p.explain(p.w.Flush()) }
-func (p *packetPrinter) turn() error                 { return nil }
-func (p *packetPrinter) captured() uint64            { return p.printed }
-func (p *packetPrinter) size() int64                 { return 0 }
-func (p *packetPrinter) finish(*capture.Stats) error { return p.flush() }
+func (p *packetPrinter) flush() error                        { return p.explain(p.w.Flush()) }
+func (p *packetPrinter) turn() error                         { return nil }
+func (p *packetPrinter) captured() (packets, records uint64) { return p.segments, p.printed }
+func (p *packetPrinter) size() int64                         { return 0 }
+func (p *packetPrinter) finish(*capture.Stats) error         { return p.flush() }
 
 func (p *packetPrinter) tick(time.Time) error {
 	if pipeClosed(p.out) {

@@ -38,8 +38,8 @@ type packetSink interface {
 	tick(time.Time) error
 	// size is how much has been written, in bytes.
 	size() int64
-	// captured is how many packets are in the output.
-	captured() uint64
+	// captured is how many packets are in the output, and in how many records.
+	captured() (packets, records uint64)
 	// finish ends the output with the final counters.
 	finish(*capture.Stats) error
 }
@@ -204,7 +204,12 @@ func catchSignals() (c chan os.Signal, stop func()) {
 // printSummary writes tcpdump's three lines. Without a filter, the first and
 // the last add up to the one between.
 func (c *captureRun) printSummary(w io.Writer, st *capture.Stats) {
-	fmt.Fprintf(w, "%s captured\n", count(c.sink.captured(), "packet"))
+	n, records := c.sink.captured()
+	if c.req.SuperPackets {
+		fmt.Fprintf(w, "%s captured, in %s\n", count(n, "packet"), count(records, "record"))
+	} else {
+		fmt.Fprintf(w, "%s captured\n", count(n, "packet"))
+	}
 	fmt.Fprintf(w, "%s received by filter\n", count(st.Seen.Total()+st.Lost.Total(), "packet"))
 	fmt.Fprintf(w, "%s dropped by capture\n", count(st.Lost.Total()+st.Overrun.Total(), "packet"))
 }

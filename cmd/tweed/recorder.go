@@ -62,5 +62,6 @@ func saveRecorder(n *node.Node) (file string, packets uint64, err error) {
 	if ferr := f.finish(&r.Stats); err == io.EOF {
 		err = ferr
 	}
-	return name, f.captured(), err
+	packets, _ = f.captured()
+	return name, packets, err
 }

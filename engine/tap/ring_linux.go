@@ -28,20 +28,44 @@ type Ring struct {
 	worker uint8
 	points Points
 	snap   int
+	// whole and split say which readers there are.
+	whole, split bool
 
 	// head and tail count bytes ever written and read; only their difference
 	// and their low bits matter. next is the writer's uncommitted head.
 	next uint64
-	// kept says that a record put since the last Commit is wanted; failed is
-	// where Fail found the last one.
-	kept   bool
-	failed uint64
-	head   atomic.Uint64
-	_      [64]byte // the reader's line
-	tail   atomic.Uint64
-	_      [64]byte
-	lost   [NumPoints]counter
+	// kept says that a record put since the last Commit is wanted; found is
+	// where the last one was that had to be amended.
+	kept  bool
+	found uint64
+	head  atomic.Uint64
+	_     [64]byte // the reader's line
+	tail  atomic.Uint64
+	_     [64]byte
+	lost  [numReaders][NumPoints]counter
 }
+
+// Who misses a lost packet: every reader, or one kind of them.
+const (
+	readersAll = iota
+	readersSplit
+	readersWhole
+	numReaders
+)
+
+// readers tells who is shown a record with these flags at p.
+func readers(f Flags, p Point) int {
+	switch {
+	case f&Whole != 0:
+		return readersWhole
+	case f&Segment != 0 && innerPoints.Has(p):
+		return readersSplit
+	}
+	return readersAll
+}
+
+// Whole reports whether a reader wants super-packets in one piece.
+func (r *Ring) Whole() bool { return r.whole }
 
 func newRing(worker uint8, points Points, snap, size int) (*Ring, error) {
 	size = 1 << bits.Len(uint(max(size, minRing)-1))
@@ -49,7 +73,7 @@ func newRing(worker uint8, points Points, snap, size int) (*Ring, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tap: map a ring of %d bytes: %w", size, err)
 	}
-	return &Ring{buf: buf, worker: worker, points: points, snap: snap}, nil
+	return &Ring{buf: buf, worker: worker, points: points, snap: snap, split: true}, nil
 }
 
 func (r *Ring) free() {
@@ -70,11 +94,28 @@ const canFail = Points(1<<WireOut | 1<<TunOut)
 // nobody wants are taken out of h.Points; with none left, the record stays
 // only if Fail makes it one of Drop.
 func (r *Ring) Put(h *Header, head, tail []byte) {
-	want := h.Points & r.points
-	if want == 0 && (h.Points&canFail == 0 || !r.points.Has(Drop)) {
-		return
+	data := r.reserve(h, len(head)+len(tail))
+	copy(data[copy(data, head):], tail)
+}
+
+// PutPieces is Put for a packet in any number of pieces.
+func (r *Ring) PutPieces(h *Header, length int, pieces []unix.Iovec) {
+	data := r.reserve(h, length)
+	for i := 0; i < len(pieces) && len(data) > 0; i++ {
+		data = data[copy(data, unsafe.Slice(pieces[i].Base, pieces[i].Len)):]
 	}
-	length := len(head) + len(tail)
+}
+
+// reserve makes a record and returns the place for the head of its packet,
+// which is empty when it is not wanted or does not fit.
+func (r *Ring) reserve(h *Header, length int) []byte {
+	want := h.Points & r.points
+	if h.Flags&Segment != 0 && !r.split {
+		want &^= innerPoints
+	}
+	if want == 0 && (h.Points&canFail == 0 || !r.points.Has(Drop)) {
+		return nil
+	}
 	stored := min(length, r.snap)
 	size := uint64(slotLen + (stored+slotAlign-1)&^(slotAlign-1))
 	mask := uint64(len(r.buf) - 1)
@@ -84,8 +125,8 @@ func (r *Ring) Put(h *Header, head, tail []byte) {
 		skip = end
 	}
 	if r.next+skip+size-r.tail.Load() > uint64(len(r.buf)) {
-		r.lose(want, uint64(max(h.Segments, 1)))
-		return
+		r.lose(h.Flags, want, uint64(max(h.Segments, 1)))
+		return nil
 	}
 	if skip >= uint64(slotLen) {
 		r.slot(r.next).size = 0
@@ -95,56 +136,70 @@ func (r *Ring) Put(h *Header, head, tail []byte) {
 	s.size, s.stored, s.hdr = uint32(size), uint32(stored), *h
 	s.hdr.Points, s.hdr.Worker, s.hdr.Length = want, r.worker, uint32(length)
 	data := r.buf[r.next&mask+uint64(slotLen):][:stored]
-	n := copy(data, head)
-	copy(data[n:], tail)
 	r.next += size
 	r.kept = r.kept || want != 0
+	return data
 }
 
 // lose adds n to the loss counters of the points.
-func (r *Ring) lose(points Points, n uint64) {
+func (r *Ring) lose(f Flags, points Points, n uint64) {
 	for p := range NumPoints {
 		if points.Has(p) {
-			r.lost[p].Add(n)
+			r.lost[readers(f, p)][p].Add(n)
 		}
 	}
 }
 
-// Fail amends the uncommitted record with the given ID, which stands for n
-// packets: they did not reach point p but were dropped for reason. When the
-// record was lost, the loss counters are amended instead.
-func (r *Ring) Fail(id uint64, p Point, reason uint8, n uint64) {
+// Fail amends the uncommitted record with the given ID, which has these flags
+// and stands for n packets: they did not reach point p but were dropped for
+// reason. When the record was lost, the loss counters are amended instead.
+func (r *Ring) Fail(id uint64, f Flags, p Point, reason uint8, n uint64) {
 	if !r.points.Has(p) && !r.points.Has(Drop) {
 		return
 	}
-	// Failures come in the order of the records, so that the next is near.
-	from := max(r.failed, r.head.Load())
-	if r.amend(from, r.next, id, p, reason) || r.amend(r.head.Load(), from, id, p, reason) {
+	if s := r.find(id); s != nil {
+		s.hdr.Points = s.hdr.Points&^Of(p) | Of(Drop)&r.points
+		s.hdr.Reason = reason
+		r.kept = r.kept || s.hdr.Points != 0
 		return
 	}
-	if r.points.Has(p) {
-		r.lost[p].Add(-n)
+	if r.points.Has(p) && (r.split || readers(f, p) != readersSplit) {
+		r.lost[readers(f, p)][p].Add(-n)
 	}
 	if r.points.Has(Drop) {
-		r.lost[Drop].Add(n)
+		r.lost[readersAll][Drop].Add(n)
 	}
 }
 
-// amend does Fail's work if the record is between two positions.
-func (r *Ring) amend(from, to, id uint64, p Point, reason uint8) bool {
+// Join amends the uncommitted record with the given ID: it became a segment of
+// the super-packet of.
+func (r *Ring) Join(id, of uint64) {
+	if s := r.find(id); s != nil {
+		s.hdr.Of = of
+	}
+}
+
+// find returns the uncommitted record with an ID, nil when it was lost.
+func (r *Ring) find(id uint64) *slot {
+	// What is amended comes in the order of the records, so the next is near.
+	from := max(r.found, r.head.Load())
+	if s := r.findBetween(from, r.next, id); s != nil {
+		return s
+	}
+	return r.findBetween(r.head.Load(), from, id)
+}
+
+func (r *Ring) findBetween(from, to, id uint64) *slot {
 	for from < to {
 		var s *slot
 		s, from = r.at(from)
 		if s.hdr.ID == id {
-			s.hdr.Points = s.hdr.Points&^Of(p) | Of(Drop)&r.points
-			s.hdr.Reason = reason
-			r.kept = r.kept || s.hdr.Points != 0
-			r.failed = from
-			return true
+			r.found = from
+			return s
 		}
 		from += uint64(s.size)
 	}
-	return false
+	return nil
 }
 
 // at returns the record at pos and its position, which is further on when pos
@@ -167,7 +222,7 @@ func (r *Ring) Commit() {
 	default:
 		r.next = head // nothing in it came to be wanted
 	}
-	r.kept, r.failed = false, 0
+	r.kept, r.found = false, 0
 }
 
 // Record is one record as the reader sees it.
@@ -201,5 +256,12 @@ func (r *Ring) Release() {
 	r.tail.Store(pos + uint64(s.size))
 }
 
-// Lost returns how many packets at p did not fit this ring so far.
-func (r *Ring) Lost(p Point) uint64 { return r.lost[p].Load() }
+// Lost returns how many packets at p did not fit this ring so far, for readers
+// who want super-packets whole or for the others.
+func (r *Ring) Lost(p Point, whole bool) uint64 {
+	own := readersSplit
+	if whole {
+		own = readersWhole
+	}
+	return r.lost[readersAll][p].Load() + r.lost[own][p].Load()
+}

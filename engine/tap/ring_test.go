@@ -88,7 +88,7 @@ func TestFailTurnsARecordIntoADrop(t *testing.T) {
 			for id := uint64(1); id <= 3; id++ {
 				r.Put(&Header{ID: id, Points: Of(TunIn, WireOut)}, []byte{byte(id)}, nil)
 			}
-			r.Fail(2, WireOut, reason, 1)
+			r.Fail(2, 0, WireOut, reason, 1)
 			r.Commit()
 			found := false
 			for _, rec := range take(r) {
@@ -102,7 +102,7 @@ func TestFailTurnsARecordIntoADrop(t *testing.T) {
 			if !found {
 				t.Error("the failed record is missing or wrong")
 			}
-			if n := r.Lost(Drop); n != 0 {
+			if n := r.Lost(Drop, false); n != 0 {
 				t.Errorf("%d lost", n)
 			}
 		})
@@ -118,8 +118,8 @@ func TestRecordsOnlyADropWouldNeedTakeNoSpace(t *testing.T) {
 	}
 	r.Put(&Header{ID: 5000, Points: Of(TunIn, Drop)}, p, nil)
 	r.Commit()
-	if got := take(r); len(got) != 1 || got[0].ID != 5000 || r.Lost(Drop) != 0 {
-		t.Errorf("%d records, %d lost", len(got), r.Lost(Drop))
+	if got := take(r); len(got) != 1 || got[0].ID != 5000 || r.Lost(Drop, false) != 0 {
+		t.Errorf("%d records, %d lost", len(got), r.Lost(Drop, false))
 	}
 }
 
@@ -127,14 +127,14 @@ func TestFailOfALostRecordMovesTheLoss(t *testing.T) {
 	r := ring(t, AllPoints, 1500, 0)
 	p := make([]byte, 1500)
 	id := uint64(0)
-	for r.Lost(TunIn) == 0 {
+	for r.Lost(TunIn, false) == 0 {
 		id++
 		r.Put(&Header{ID: id, Points: Of(TunIn, WireOut), Segments: 3}, p, nil)
 	}
-	r.Fail(id, WireOut, reason, 3)
+	r.Fail(id, 0, WireOut, reason, 3)
 	r.Commit()
-	if r.Lost(TunIn) != 3 || r.Lost(WireOut) != 0 || r.Lost(Drop) != 3 {
-		t.Errorf("lost: tun-in %d, wire-out %d, drop %d; want 3, 0, 3", r.Lost(TunIn), r.Lost(WireOut), r.Lost(Drop))
+	if r.Lost(TunIn, false) != 3 || r.Lost(WireOut, false) != 0 || r.Lost(Drop, false) != 3 {
+		t.Errorf("lost: tun-in %d, wire-out %d, drop %d; want 3, 0, 3", r.Lost(TunIn, false), r.Lost(WireOut, false), r.Lost(Drop, false))
 	}
 }
 
@@ -185,7 +185,7 @@ func TestWhatIsPutIsReadOrCountedAsLost(t *testing.T) {
 			}
 			for _, s := range batch {
 				if rnd.IntN(3) == 0 {
-					r.Fail(s.id, WireOut, reason, s.n)
+					r.Fail(s.id, 0, WireOut, reason, s.n)
 					count(&put, Of(WireOut)&points, -s.n)
 					count(&put, Of(Drop)&points, s.n)
 				}
@@ -195,8 +195,8 @@ func TestWhatIsPutIsReadOrCountedAsLost(t *testing.T) {
 		}
 		read(1 << 30)
 		for p := range NumPoints {
-			if got[p]+r.Lost(p) != put[p] {
-				t.Fatalf("seed %d: %s: %d read + %d lost, %d put", seed, p, got[p], r.Lost(p), put[p])
+			if got[p]+r.Lost(p, false) != put[p] {
+				t.Fatalf("seed %d: %s: %d read + %d lost, %d put", seed, p, got[p], r.Lost(p, false), put[p])
 			}
 		}
 	}
@@ -242,8 +242,8 @@ func TestReaderAndWriterAtTheSameTime(t *testing.T) {
 		}
 	}
 	wg.Wait()
-	if n+r.Lost(WireIn) != total || n+r.Lost(TunOut) != total {
-		t.Errorf("%d read + %d lost, %d put", n, r.Lost(WireIn), total)
+	if n+r.Lost(WireIn, false) != total || n+r.Lost(TunOut, false) != total {
+		t.Errorf("%d read + %d lost, %d put", n, r.Lost(WireIn, false), total)
 	}
 }
 

@@ -92,7 +92,16 @@ const (
 	// Inner: the data has no prefix although the point is outside the tunnel,
 	// because the packet was dropped before it got one.
 	Inner
+	// Whole: the record is one super-packet in one piece, for readers who want
+	// that. Its segments have records of their own for the others.
+	Whole
+	// Segment: a part of a super-packet, or what may have become one. Readers
+	// who want super-packets whole find its inner points in another record.
+	Segment
 )
+
+// innerPoints are inside the tunnel.
+const innerPoints = Points(1<<TunIn | 1<<TunOut)
 
 // Header is what is known of a packet.
 type Header struct {
@@ -101,6 +110,8 @@ type Header struct {
 	Time int64
 	// ID is the same for the records of one packet, unique while the engine runs.
 	ID uint64
+	// Of is the ID of the super-packet this is a Segment of; 0 when it was none.
+	Of uint64
 	// Points are the points the packet passed with these bytes.
 	Points Points
 	// Reason is the engine's drop reason; valid when Points has Drop.
@@ -115,9 +126,9 @@ type Header struct {
 	Worker uint8
 	// ECN is the outer header's ECN field.
 	ECN uint8
-	// Segments is the number of packets a Super record stands for, else 1.
+	// Segments is the number of packets a Super or Whole record stands for, else 1.
 	Segments uint16
-	// SegmentPayload is the payload bytes of each segment of a Super record.
+	// SegmentPayload is the payload bytes of each segment of such a record.
 	SegmentPayload uint16
 	// Peer and PeerPort are the other underlay end, host byte order; Local and
 	// LocalPort are ours. 0 when no peer was found.
@@ -152,18 +163,27 @@ func NewSet(workers int, points Points, snap, ringBytes int) (*Set, error) {
 	return s, nil
 }
 
+// Supers makes the set one for readers who want super-packets whole, and, if
+// split, for others as well. It must be called before any worker has the set.
+func (s *Set) Supers(split bool) {
+	for _, r := range s.rings {
+		r.whole, r.split = true, split
+	}
+}
+
 // Ring returns worker i's ring.
 func (s *Set) Ring(i int) *Ring { return s.rings[i] }
 
 // Rings returns all rings.
 func (s *Set) Rings() []*Ring { return s.rings }
 
-// Lost returns, by point, how many packets did not fit the rings so far.
-func (s *Set) Lost() [NumPoints]uint64 {
+// Lost returns, by point, how many packets did not fit the rings so far, for
+// readers who want super-packets whole or for the others.
+func (s *Set) Lost(whole bool) [NumPoints]uint64 {
 	var sum [NumPoints]uint64
 	for _, r := range s.rings {
 		for p := range sum {
-			sum[p] += r.lost[p].Load()
+			sum[p] += r.Lost(Point(p), whole)
 		}
 	}
 	return sum
