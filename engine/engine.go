@@ -91,6 +91,9 @@ type Engine struct {
 	replay   replayWorkers
 	observed atomic.Bool // see observe
 
+	bypass   Bypass       // nil without one
+	bypassed [2]Direction // sums of earlier bypasses, sent and received
+
 	sockets []*encap.Socket // all of them
 	tx      []*txWorker
 	rx      []*rxWorker
@@ -249,6 +252,9 @@ func (e *Engine) Apply(s Snapshot) error {
 	if err != nil {
 		return fmt.Errorf("engine: snapshot %d: %w", s.Revision, err)
 	}
+	if e.bypass != nil {
+		e.bypass.Retract(s.Local, s.Peers)
+	}
 	e.view.Store(&view{
 		snapshot: s,
 		table:    t,
@@ -258,6 +264,9 @@ func (e *Engine) Apply(s Snapshot) error {
 		vxlan:    encap.NewVXLANReceiver(s.Local.VNI, s.Local.MAC),
 		ports:    e.view.Load().ports,
 	})
+	if e.bypass != nil {
+		e.bypass.Follow(s.Local, s.Peers)
+	}
 	return nil
 }
 

@@ -162,10 +162,12 @@ func (e *Engine) Attach(p Port) (PortID, error) {
 		next.ports = make(map[uint32]*port)
 	}
 	next.ports[n.addr] = n
+	e.setDuty(&next)
 	e.view.Store(&next)
 	if err := e.ports.add(n); err != nil {
 		e.view.Store(v)
 		e.settle()
+		e.setDuty(v)
 		return 0, err
 	}
 	return n.ID, nil
@@ -189,6 +191,7 @@ func (e *Engine) Detach(id PortID) error {
 		e.view.Store(&next)
 		e.ports.remove(p)
 		e.settle()
+		e.setDuty(&next)
 		return p.Queue.Close()
 	}
 	return fmt.Errorf("engine: no port %d", id)

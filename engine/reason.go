@@ -32,6 +32,9 @@ const (
 	TxNoBuffer
 	// TxSendError: any other error of the send call.
 	TxSendError
+	// TxEncapError: the kernel had no memory for the headers of a packet that a
+	// Bypass was about to send.
+	TxEncapError
 	// TxLocalError: a port of this node refused the packet.
 	TxLocalError
 
@@ -67,6 +70,9 @@ const (
 	RxECN
 	// RxTUNError: the TUN device refused the packet.
 	RxTUNError
+	// RxBacklog: the kernel dropped a packet that a Bypass received, because the
+	// CPU's queue of packets for the stack was full or the TUN device is down.
+	RxBacklog
 
 	// NumReasons is the number of reasons, for arrays indexed by Reason.
 	NumReasons
@@ -89,6 +95,7 @@ var reasonTexts = [NumReasons]reasonText{
 	TxUnreachable:   {"send-unreachable", "the underlay has no route to the peer"},
 	TxNoBuffer:      {"send-no-buffer", "the socket or device queue was full"},
 	TxSendError:     {"send-error", "the send call failed"},
+	TxEncapError:    {"encap-error", "the kernel had no memory for the headers"},
 	TxLocalError:    {"port-write-error", "an attached container's interface refused the packet"},
 	RxTruncated:     {"truncated", "the datagram is shorter than its headers"},
 	RxBadVXLANFlags: {"bad-vxlan-flags", "the I flag is missing or a reserved bit is set"},
@@ -104,6 +111,7 @@ var reasonTexts = [NumReasons]reasonText{
 	RxNotForUs:      {"not-for-us", "the inner destination is outside our subnet"},
 	RxECN:           {"ecn-mismatch", "congestion was marked on a packet that cannot carry the mark"},
 	RxTUNError:      {"tun-write-error", "the TUN device refused the packet"},
+	RxBacklog:       {"backlog-full", "the kernel's queue of received packets was full"},
 }
 
 // String returns the reason's name, stable across releases.

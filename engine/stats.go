@@ -15,6 +15,8 @@ type Stats struct {
 	// SocketDropped counts datagrams the kernel dropped because a receive
 	// buffer was full, before the engine saw them.
 	SocketDropped uint64
+	// BypassTx and BypassRx are the part of Tx and Rx that a Bypass carried.
+	BypassTx, BypassRx Direction
 	// Workers is the number of transmit workers.
 	Workers int
 	// Offload is the rung in use on the TUN device, OffloadReason why.
@@ -61,5 +63,13 @@ func (e *Engine) Stats() Stats {
 			_, s.ReceiveMerged = w.sock.Offloads()
 		}
 	}
+	s.BypassTx, s.BypassRx = e.bypassed[0], e.bypassed[1]
+	if e.bypass != nil {
+		tx, rx := e.bypass.Traffic()
+		s.BypassTx.add(&tx)
+		s.BypassRx.add(&rx)
+	}
+	s.Tx.add(&s.BypassTx)
+	s.Rx.add(&s.BypassRx)
 	return s
 }

@@ -78,6 +78,11 @@ func (e *Engine) TapWorkers() int {
 func (e *Engine) SetTap(s *tap.Set) {
 	e.apply.Lock()
 	defer e.apply.Unlock()
+	if s != nil {
+		// Before it is in force, so that it sees every packet from then on.
+		e.observed.Store(true)
+		e.setDuty(e.view.Load())
+	}
 	if e.tap.Swap(s) != nil {
 		e.settle()
 	}
@@ -89,6 +94,7 @@ func (e *Engine) SetTap(s *tap.Set) {
 // While somebody does, every packet has to pass the packet loop.
 func (e *Engine) observe() {
 	e.observed.Store(e.tap.Load() != nil || e.replay.current != nil)
+	e.setDuty(e.view.Load())
 }
 
 // busy tells whether a worker is in a batch: odd while it is.
