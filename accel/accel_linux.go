@@ -1,0 +1,272 @@
+package accel
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"tweed/engine"
+	"tweed/engine/table"
+)
+
+// ErrUnsupported is wrapped by the errors of a kernel that is too old or lacks BPF.
+var ErrUnsupported = errors.New("not supported by this kernel")
+
+// Config is what an Accelerator is made of. All of it is fixed for its lifetime.
+type Config struct {
+	// TUN and Underlay are the interface indexes of the two ends, in the network
+	// namespace of the thread that calls New.
+	TUN, Underlay int
+	// Local is the IPv4 address datagrams come from and are received at.
+	Local netip.Addr
+	// VXLANPort and UDPPort are the UDP ports of the framings that are
+	// received; 0 stands for a framing that is not.
+	VXLANPort, UDPPort uint16
+	// Sources are the source ports of what is sent, those of the workers.
+	Sources engine.SourcePorts
+	// Whole says that the underlay link carries super-packets without cutting
+	// them. On other links they are left to the workers, whose datagrams the
+	// receiver's kernel can merge again.
+	Whole bool
+	// MTU is the overlay's, in bytes.
+	MTU int
+	// Way returns the index of the interface the route to an underlay address
+	// leads through. Peers that are not reached through Underlay are not served.
+	Way func(netip.Addr) int
+}
+
+// Accelerator is a pair of attached programs and their maps. Its methods are
+// safe for concurrent use. It implements engine.Bypass.
+type Accelerator struct {
+	cfg   Config
+	objs  accelObjects
+	links []link.Link
+	nl    *netlink.Handle
+
+	mu     sync.Mutex
+	local  table.Local
+	peers  []table.Peer
+	mirror mirror
+	duty   engine.Duty
+	holds  []string
+	config accelConfig // as last written
+	// lost is the TUN's count of packets dropped before delivery when we came.
+	lost   uint64
+	failed error // of the last write to a map
+}
+
+// New loads and attaches the programs. They serve nobody until Follow is
+// called. The error says what the host lacks.
+func New(cfg Config) (*Accelerator, error) {
+	a := &Accelerator{cfg: cfg}
+	if err := a.open(); err != nil {
+		a.Close()
+		return nil, fmt.Errorf("accelerator: %w", err)
+	}
+	return a, nil
+}
+
+func (a *Accelerator) open() error {
+	_ = rlimit.RemoveMemlock() // needed before Linux 5.11 only
+	if err := loadAccelObjects(&a.objs, nil); err != nil {
+		return explain("load BPF programs", err)
+	}
+	a.mirror = newMirror(a.objs.Peers)
+	for _, at := range []struct {
+		what   string
+		index  int
+		prog   *ebpf.Program
+		attach ebpf.AttachType
+	}{
+		{"egress of the TUN device", a.cfg.TUN, a.objs.Send, ebpf.AttachTCXEgress},
+		{"ingress of the underlay interface", a.cfg.Underlay, a.objs.Receive, ebpf.AttachTCXIngress},
+	} {
+		l, err := link.AttachTCX(link.TCXOptions{Interface: at.index, Program: at.prog, Attach: at.attach})
+		if err != nil {
+			return explain("attach to the "+at.what, err)
+		}
+		a.links = append(a.links, l)
+	}
+	var err error
+	if a.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("netlink: %w", err)
+	}
+	a.lost = a.backlogDrops()
+	return nil
+}
+
+// explain turns the usual errors into what is missing.
+func explain(what string, err error) error {
+	var verifier *ebpf.VerifierError
+	switch {
+	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) && !errors.As(err, &verifier):
+		return fmt.Errorf("%s: %w (needs CAP_BPF and CAP_NET_ADMIN in the initial user namespace)", what, unix.EPERM)
+	case errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.ENOSYS):
+		return fmt.Errorf("%s: %w (needs Linux 6.6 with tcx)", what, ErrUnsupported)
+	case errors.As(err, &verifier):
+		return fmt.Errorf("%s: %w (refused by the verifier: %w)", what, ErrUnsupported, verifier.Cause)
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// Close detaches the programs. Packets on their way are not lost.
+func (a *Accelerator) Close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var errs []error
+	for _, l := range a.links {
+		errs = append(errs, l.Close())
+	}
+	if a.nl != nil {
+		a.nl.Close()
+	}
+	a.links, a.nl = nil, nil
+	return errors.Join(append(errs, a.objs.Close())...)
+}
+
+// Retract implements engine.Bypass.
+func (a *Accelerator) Retract(local table.Local, peers []table.Peer) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if local != a.local {
+		// What all entries rest on changes: nothing is a hit until Follow.
+		a.local = table.Local{}
+		a.configure()
+	}
+	a.check(a.mirror.retract(a.cfg.entries(peers)))
+}
+
+// Follow implements engine.Bypass.
+func (a *Accelerator) Follow(local table.Local, peers []table.Peer) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.local, a.peers = local, slices.Clone(peers)
+	a.check(a.mirror.enter(a.cfg.entries(peers)))
+	a.configure()
+}
+
+// Refresh looks again at the ways to all peers.
+func (a *Accelerator) Refresh() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	want := a.cfg.entries(a.peers)
+	a.check(a.mirror.retract(want))
+	a.check(a.mirror.enter(want))
+}
+
+// check takes the programs off duty for good when a map could not be written:
+// their table is not what it should be.
+func (a *Accelerator) check(err error) {
+	if err != nil && a.failed == nil {
+		a.failed = err
+		a.configure()
+	}
+}
+
+// SetDuty implements engine.Bypass.
+func (a *Accelerator) SetDuty(d engine.Duty) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.duty = d
+	a.configure()
+}
+
+// Hold takes the programs off duty for the given reasons, and back on duty when
+// there are none.
+func (a *Accelerator) Hold(reasons []string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.holds = slices.Clone(reasons)
+	a.configure()
+}
+
+// configure writes the config if it changed. When a program goes off duty, it
+// returns after the last packet it carried.
+func (a *Accelerator) configure() {
+	c := a.configFor()
+	if c == a.config {
+		return
+	}
+	if err := a.objs.Configs.Put(uint32(0), c); err != nil {
+		if a.failed == nil {
+			a.failed = err
+		}
+		return
+	}
+	off := a.config.Flags &^ c.Flags & (flagSending | flagReceiving)
+	a.config = c
+	if off != 0 {
+		settle()
+	}
+}
+
+// settle waits until no program runs that could have read an old config: the
+// global barrier is an RCU grace period (membarrier(2)).
+func settle() {
+	const membarrierCmdGlobal = 1 << 0
+	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierCmdGlobal, 0, 0); errno != 0 {
+		time.Sleep(20 * time.Millisecond) // nohz_full refuses it
+	}
+}
+
+// State says whether the programs are on duty and, if not, why.
+func (a *Accelerator) State() (on bool, why string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case a.failed != nil:
+		return false, a.failed.Error()
+	case len(a.holds) > 0:
+		return false, strings.Join(a.holds, "; ")
+	case !a.duty.Send:
+		return false, a.duty.Why
+	}
+	return true, a.duty.Why
+}
+
+// Traffic implements engine.Bypass.
+func (a *Accelerator) Traffic() (tx, rx engine.Direction) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var perCPU []accelCounters
+	if err := a.objs.Counted.Lookup(uint32(0), &perCPU); err != nil {
+		return tx, rx
+	}
+	for _, c := range perCPU {
+		tx.Delivered += c.Sent
+		tx.DeliveredBytes += c.SentBytes
+		tx.Drops[engine.TxEncapError] += c.Failed
+		rx.Packets += c.Received
+		rx.Bytes += c.ReceivedBytes
+	}
+	tx.Packets, tx.Bytes = tx.Delivered+tx.Drops[engine.TxEncapError], tx.DeliveredBytes
+	lost := min(a.backlogDrops()-a.lost, rx.Packets)
+	rx.Drops[engine.RxBacklog] = lost
+	rx.Delivered, rx.DeliveredBytes = rx.Packets-lost, rx.Bytes
+	return tx, rx
+}
+
+// backlogDrops is how many packets the kernel dropped between the receive
+// program and the stack, because the CPU's backlog was full or the device down.
+func (a *Accelerator) backlogDrops() uint64 {
+	if a.nl == nil {
+		return a.lost
+	}
+	l, err := a.nl.LinkByIndex(a.cfg.TUN)
+	if err != nil || l.Attrs().Statistics == nil {
+		return a.lost
+	}
+	return l.Attrs().Statistics.RxDropped
+}
+
+var _ engine.Bypass = (*Accelerator)(nil)

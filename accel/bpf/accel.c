@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: GPL-2.0
+//
+// The in-kernel part of tweed: two tcx programs (Linux 6.6) that carry the
+// plain cases past user space.
+//
+//   send     egress of the TUN device: encapsulates and sends what has a peer
+//   receive  ingress of the underlay interface: takes the framing off and
+//            hands the packet to the TUN device
+//
+// Neither ever drops a packet it could have passed on. Whatever is not a plain
+// case continues unchanged: to the TUN queue or to the UDP socket, where the
+// packet workers judge it, count it and answer it. The rules are those of
+// engine/tx.go and engine/rx.go; a rule that cannot be checked here is a
+// packet passed on.
+//
+// Datagrams sent here have no UDP checksum (RFC 7348 section 4.1 asks for none),
+// those of the workers have one. The receiver tells them apart by it: without a
+// checksum, an inner checksum is complete or known to the kernel as partial, so
+// the packet may stay in the kernel; with one, it may have been left out on
+// purpose, and the socket is the way. A flow therefore keeps to one way.
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/udp.h>
+
+#include <stddef.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+// Verdicts (enum tcx_action_base, Linux 6.6).
+#define PASS (-1) // TCX_NEXT
+#define DROP 2	  // TCX_DROP
+
+// Flags of struct config.
+#define SENDING 1   // the send program is on duty
+#define RECEIVING 2 // the receive program is
+#define WHOLE 4     // the underlay carries super-packets without cutting them
+
+// Flags of struct peer.
+#define FOREIGN 1 // the peer's kernel merges datagrams without checksum itself
+
+#define FRAMING_UDP 0
+#define FRAMING_VXLAN 1
+#define VXLAN_FLAGS 0x08000000
+
+// After a super-packet that went to the workers, the single packets to that peer
+// follow it for this long, so that none overtakes it. In ns.
+#define BULK 20000000ull
+
+// What stands before the packet, behind the outer Ethernet header.
+#define OUTER (sizeof(struct iphdr) + sizeof(struct udphdr))
+#define PREFIX 22 // VXLAN and Ethernet headers
+
+struct vxlan {
+	__be32 flags, vni;
+	__u8 dst[6], src[6];
+	__be16 type;
+} __attribute__((packed));
+
+// outer is a datagram up to the inner packet, of either framing.
+struct outer {
+	struct ethhdr eth;
+	struct iphdr ip;
+	struct udphdr udp;
+	struct vxlan vx;
+} __attribute__((packed));
+
+// config is what the programs know of their own node. Addresses, ports and
+// words of headers are in network byte order.
+struct config {
+	__u32 flags;
+	__u32 underlay, tun; // interface indexes
+	__be32 local;	     // underlay address
+	__be32 own, mask;    // own subnet
+	__be32 vni;	     // second word of the VXLAN header
+	__be16 vxlan_port;   // received; 0 for a framing not received
+	__be16 udp_port;
+	__be16 udp_source; // source ports of what is sent
+	__be16 vxlan_sources[4];
+	__u8 mac[6];
+};
+
+struct key {
+	__u32 bits;
+	__be32 addr;
+};
+
+// peer is an entry. One of zeros belongs to a subnet that is left to the workers
+// and hides the shorter prefixes around it: no packet fits its MTU and no
+// datagram comes from its address.
+struct peer {
+	__be32 addr;
+	__be16 port;
+	__u8 framing;
+	__u8 flags;
+	__u32 mtu; // bytes, of the inner packet
+	__be32 vni;
+	__u8 mac[6];
+	__u8 pad[2];
+	__u64 bulk; // ns, when the last super-packet went to the workers
+};
+
+// counters are inner packets as on the wire: a super-packet counts as its
+// segments.
+struct counters {
+	__u64 sent, sent_bytes;
+	__u64 failed;
+	__u64 received, received_bytes;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct config);
+} configs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 1 << 17);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct key);
+	__type(value, struct peer);
+} peers SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct counters);
+} counted SEC(".maps");
+
+static __always_inline struct peer *peer_of(__be32 addr)
+{
+	struct key k = {.bits = 32, .addr = addr};
+
+	return bpf_map_lookup_elem(&peers, &k);
+}
+
+// linear makes the first n bytes readable and returns the start, or NULL when
+// the packet is shorter.
+static __always_inline void *linear(struct __sk_buff *skb, __u32 n)
+{
+	if ((void *)(long)skb->data + n <= (void *)(long)skb->data_end)
+		return (void *)(long)skb->data;
+	if (skb->len < n || bpf_skb_pull_data(skb, n))
+		return 0;
+	if ((void *)(long)skb->data + n > (void *)(long)skb->data_end)
+		return 0;
+	return (void *)(long)skb->data;
+}
+
+static __always_inline __u16 header_sum(void *ip)
+{
+	__u16 *w = ip;
+	__u32 sum = 0;
+
+#pragma unroll
+	for (int i = 0; i < 10; i++)
+		sum += w[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+// segments returns how many packets of the wire a packet stands for; size is
+// its gso_size.
+static __always_inline __u32 segments(__u32 size, __u32 len, __u32 headers)
+{
+	if (!size || len <= headers)
+		return 1;
+	return (len - headers + size - 1) / size;
+}
+
+SEC("tcx/egress")
+int send(struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct config *c = bpf_map_lookup_elem(&configs, &zero);
+	struct counters *n = bpf_map_lookup_elem(&counted, &zero);
+
+	if (!c || !n || !(c->flags & SENDING) || skb->protocol != bpf_htons(ETH_P_IP))
+		return PASS;
+	struct iphdr *ip = linear(skb, sizeof(*ip));
+	if (!ip || ip->version != 4 || ip->ihl != 5 || bpf_ntohs(ip->tot_len) != skb->len)
+		return PASS;
+	struct peer *p = peer_of(ip->daddr);
+	if (!p || ip->ttl < (p->framing == FRAMING_UDP ? 2 : 1))
+		return PASS;
+
+	__u8 protocol = ip->protocol, ttl = ip->ttl, ecn = ip->tos & 3;
+	__u16 check = ip->check;
+	__be32 mix = ip->saddr ^ ip->daddr;
+	__u32 headers = sizeof(*ip);
+	int fragment = ip->frag_off & bpf_htons(0x3fff);
+	if (protocol == IPPROTO_TCP && !fragment) {
+		__u8 *b = linear(skb, 40);
+		if (!b)
+			return PASS;
+		mix ^= *(__be32 *)(b + 20);
+		headers += (b[32] >> 4) * 4;
+	} else if (protocol == IPPROTO_UDP && !fragment) {
+		__u8 *b = linear(skb, 28);
+		if (!b)
+			return PASS;
+		mix ^= *(__be32 *)(b + 20);
+	}
+	__u32 len = skb->len, gso = skb->gso_size;
+	if (gso) {
+		if (protocol != IPPROTO_TCP || fragment || headers + gso > p->mtu || !(c->flags & WHOLE || p->flags & FOREIGN)) {
+			p->bulk = bpf_ktime_get_coarse_ns();
+			return PASS;
+		}
+	} else if (len > p->mtu) {
+		return PASS;
+	} else if (p->bulk && (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP) &&
+		   bpf_ktime_get_coarse_ns() - p->bulk < BULK) {
+		return PASS;
+	}
+	__u32 count = segments(gso, len, headers);
+
+	struct outer o = {};
+	__u32 size = OUTER;
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP;
+	if (p->framing == FRAMING_VXLAN) {
+		// The kernel cuts super-packets behind the inner Ethernet header, so
+		// only that counts as the second layer (net/ipv4/udp_offload.c).
+		flags |= BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH;
+		size += PREFIX;
+		o.vx.flags = bpf_htonl(VXLAN_FLAGS);
+		o.vx.vni = p->vni;
+		__builtin_memcpy(o.vx.dst, p->mac, 6);
+		__builtin_memcpy(o.vx.src, c->mac, 6);
+		o.vx.type = bpf_htons(ETH_P_IP);
+		o.udp.source = c->vxlan_sources[bpf_ntohl(mix) * 0x9e3779b1 >> 30];
+	} else {
+		o.udp.source = c->udp_source;
+	}
+	o.eth.h_proto = bpf_htons(ETH_P_IP); // redirect_neigh writes the addresses
+	o.ip.version = 4;
+	o.ip.ihl = 5;
+	o.ip.tos = ecn; // RFC 6040 section 4.1, normal mode
+	o.ip.tot_len = bpf_htons(len + size);
+	o.ip.id = bpf_get_prandom_u32();
+	o.ip.ttl = 64;
+	o.ip.protocol = IPPROTO_UDP;
+	o.ip.saddr = c->local;
+	o.ip.daddr = p->addr;
+	o.ip.check = header_sum(&o.ip);
+	o.udp.dest = p->port;
+	o.udp.len = bpf_htons(len + size - sizeof(o.ip));
+
+	if (len + size > 0xffff || bpf_skb_adjust_room(skb, size, BPF_ADJ_ROOM_MAC, flags))
+		return PASS;
+	// From here on the packet is no longer what the workers could take.
+	if (bpf_skb_change_head(skb, ETH_HLEN, 0))
+		goto failed;
+	if (size == OUTER) {
+		if (bpf_skb_store_bytes(skb, 0, &o, ETH_HLEN + OUTER, 0))
+			goto failed;
+		// The TTL is the high byte of its word (RFC 1624).
+		__u32 sum = check + bpf_htons(0x0100);
+		check = sum + (sum >= 0xffff);
+		ttl--;
+		if (bpf_skb_store_bytes(skb, ETH_HLEN + OUTER + offsetof(struct iphdr, ttl), &ttl, 1, 0) ||
+		    bpf_skb_store_bytes(skb, ETH_HLEN + OUTER + offsetof(struct iphdr, check), &check, 2, 0))
+			goto failed;
+	} else if (bpf_skb_store_bytes(skb, 0, &o, sizeof(o), 0)) {
+		goto failed;
+	}
+	n->sent += count;
+	n->sent_bytes += len + (__u64)(count - 1) * headers;
+	return bpf_redirect_neigh(c->underlay, 0, 0, 0);
+failed:
+	n->failed += count;
+	return DROP;
+}
+
+static __always_inline int differs(__u8 *a, __u8 *b)
+{
+	return (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | (a[4] ^ b[4]) | (a[5] ^ b[5]);
+}
+
+// framed checks the vxlan prefix as encap.VXLANReceiver does.
+static __always_inline int framed(struct vxlan *v, struct config *c)
+{
+	if (v->flags != bpf_htonl(VXLAN_FLAGS) || v->vni != c->vni || v->type != bpf_htons(ETH_P_IP))
+		return 0;
+	if (differs(v->dst, c->mac) || !differs(v->src, c->mac) || (v->src[0] & 1))
+		return 0;
+	return v->src[0] | v->src[1] | v->src[2] | v->src[3] | v->src[4] | v->src[5];
+}
+
+SEC("tcx/ingress")
+int receive(struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct config *c = bpf_map_lookup_elem(&configs, &zero);
+	struct counters *n = bpf_map_lookup_elem(&counted, &zero);
+
+	if (!c || !n || !(c->flags & RECEIVING) || skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present)
+		return PASS;
+	__u32 size = ETH_HLEN + OUTER;
+	struct outer *o = linear(skb, ETH_HLEN + OUTER + sizeof(struct iphdr));
+	if (!o || o->ip.version != 4 || o->ip.ihl != 5 || o->ip.protocol != IPPROTO_UDP || o->ip.daddr != c->local ||
+	    (o->ip.frag_off & bpf_htons(0x3fff)) || o->udp.check || !o->udp.dest)
+		return PASS;
+	__u32 outer_len = bpf_ntohs(o->ip.tot_len);
+	if (outer_len + ETH_HLEN != skb->len || bpf_ntohs(o->udp.len) + sizeof(o->ip) != outer_len)
+		return PASS;
+	__be32 sender = o->ip.saddr;
+	__u8 ecn = o->ip.tos & 3;
+	struct iphdr *ip;
+	if (o->udp.dest == c->vxlan_port) {
+		size += PREFIX;
+		o = linear(skb, sizeof(*o) + sizeof(*ip));
+		if (!o || !framed(&o->vx, c))
+			return PASS;
+		ip = (void *)o + sizeof(*o);
+	} else if (o->udp.dest == c->udp_port) {
+		ip = (void *)o + ETH_HLEN + OUTER;
+	} else {
+		return PASS;
+	}
+	__u32 len = skb->len - size;
+	__u32 first = bpf_ntohl(ip->saddr) >> 24;
+	if (ip->version != 4 || ip->ihl != 5 || bpf_ntohs(ip->tot_len) != len || !ip->ttl || !first || first == 127 || first >= 224)
+		return PASS;
+	if ((ip->saddr & c->mask) == c->own || (ip->daddr & c->mask) != c->own)
+		return PASS;
+	if (ecn && ecn != (ip->tos & 3))
+		return PASS;
+	struct peer *p = peer_of(ip->saddr);
+	if (!p || p->addr != sender)
+		return PASS;
+	__u32 headers = sizeof(*ip), gso = skb->gso_size;
+	if (gso) {
+		if (ip->protocol != IPPROTO_TCP || (ip->frag_off & bpf_htons(0x3fff)))
+			return PASS;
+		__u8 *b = linear(skb, ETH_HLEN + OUTER + PREFIX + 40);
+		if (!b)
+			return PASS;
+		headers += (b[size + 32] >> 4) * 4;
+	}
+	__u32 count = segments(gso, len, headers);
+	if (bpf_skb_adjust_room(skb, -(__s32)(size - ETH_HLEN), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+		return PASS;
+	n->received += count;
+	n->received_bytes += len + (__u64)(count - 1) * headers;
+	return bpf_redirect(c->tun, BPF_F_INGRESS);
+}
+
+char _license[] SEC("license") = "GPL";
