@@ -106,20 +106,21 @@ func (k *kernelPeer) know(e *daemon) {
 // TestKernelVXLANPeer talks to the kernel's implementation with its offloads
 // on: it hands us un-segmented frames and partial checksums.
 func TestKernelVXLANPeer(t *testing.T) {
-	w := newWorld(t, 3)
+	w := newWorld(t, 4)
 	w.config(vxlanConfig)
-	full, none := w.up(0), w.up(1, "--offload", "none")
+	fast, full, none := w.up(3), w.up(0, "--accelerate", "off"), w.up(1, "--offload", "none", "--accelerate", "off")
 	k := newKernelPeer(w, 2, "10.244.100.0/24")
-	for _, e := range []*daemon{full, none} {
-		awaitPeers(2, e)
+	for _, e := range []*daemon{fast, full, none} {
+		awaitPeers(3, e)
 		k.know(e)
 	}
+	assertTraffic(t, fast.host(), k.host, transferBytes(), datagramSizes())
 	assertTraffic(t, full.host(), k.host, transferBytes(), datagramSizes())
 	assertTraffic(t, none.host(), k.host, 4<<20, []int{1, 1399, 1400, 1401, 30000, 60000})
 	s := stream(t, k.host, full.host())
 	awaitFlow(w, s, 500)
 	assertClean(t, s)
-	assertNoDrops(t, full, none)
+	assertNoDrops(t, fast, full, none)
 }
 
 // TestFramesDecodeWithoutAWarning looks at our frames on the wire through
@@ -130,7 +131,8 @@ func TestFramesDecodeWithoutAWarning(t *testing.T) {
 	w := newWorld(t, 3)
 	w.config(vxlanConfig)
 	wireLike(t, w, 0)
-	a, b := w.up(0), w.up(1)
+	// The accelerator leaves the checksum out (accel/send_test.go).
+	a, b := w.up(0, "--accelerate", "off"), w.up(1, "--accelerate", "off")
 	k := newKernelPeer(w, 2, "10.244.100.0/24")
 	awaitPeers(2, a, b)
 	k.know(a)

@@ -65,6 +65,8 @@ type Config struct {
 	Workers int
 	// Offload is the highest rung of the offload ladder to use.
 	Offload tun.Offload
+	// Accelerate lets packets be carried inside the kernel where it can (package accel).
+	Accelerate bool
 	// ListenFramings are the framings to receive; empty means the network's own.
 	ListenFramings []encap.Framing
 

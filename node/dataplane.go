@@ -53,6 +53,8 @@ func (d *dataPlane) lookup(ip netip.Addr) (table.Peer, bool) {
 func sumStats(past, now engine.Stats) engine.Stats {
 	addDirection(&now.Tx, &past.Tx)
 	addDirection(&now.Rx, &past.Rx)
+	addDirection(&now.BypassTx, &past.BypassTx)
+	addDirection(&now.BypassRx, &past.BypassRx)
 	now.ICMPSent += past.ICMPSent
 	now.ICMPLimited += past.ICMPLimited
 	now.TxBatches += past.TxBatches

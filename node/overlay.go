@@ -128,6 +128,7 @@ func (r *runner) openEngine(o overlay) error {
 	r.eng, r.overlay, r.started, r.applied = eng, o, false, nil
 	r.data.replace(eng)
 	r.captures.hub.SetSource(eng)
+	r.openAccelerator()
 	return nil
 }
 
@@ -149,6 +150,7 @@ func (r *runner) closeEngine() {
 		r.att.forget()
 	}
 	r.captures.hub.SetSource(nil)
+	r.closeAccelerator()
 	if eng := r.data.replace(nil); eng != nil {
 		if err := eng.Close(); err != nil {
 			r.log.Warn("close engine", "err", err)

@@ -10,6 +10,7 @@ import (
 type pathInfo struct {
 	mtu   int  // bytes, 0 when there is no way now
 	loops bool // the way leads into our own TUN
+	link  int  // index of the only interface, 0 when there are several
 }
 
 // pathCache remembers the way to every peer, because asking costs a system
@@ -76,6 +77,9 @@ func (c *pathCache) ask(ip netip.Addr) pathInfo {
 		}
 	}
 	p := pathInfo{mtu: r.MTU}
+	if len(links) == 1 {
+		p.link = links[0]
+	}
 	for _, index := range links {
 		p.loops = p.loops || c.tun != 0 && index == c.tun
 		if mtu := c.linkMTU(index); mtu > 0 && (p.mtu == 0 || mtu < p.mtu) {

@@ -57,6 +57,9 @@ func (r *runner) deviceStatus() DeviceStatus {
 	if r.own.Subnet.IsValid() {
 		d.Address = r.own.Subnet.Addr()
 	}
+	if r.eng != nil {
+		d.Accelerator, d.AcceleratorReason = r.acc.state()
+	}
 	if r.dev != nil {
 		d.Offload, d.OffloadReason = r.dev.Offload().String(), r.dev.OffloadReason()
 	}

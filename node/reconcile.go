@@ -33,6 +33,7 @@ func (r *runner) reconcile() (again bool) {
 	}
 	r.netChanged = false
 	r.note(&r.linkProblem, "device not configured, trying again", r.forward())
+	r.checkAccelerator()
 	if r.cfg.BlackholeRoute {
 		r.setBlackhole()
 	}

@@ -87,6 +87,7 @@ type runner struct {
 	link    *overlayLink
 	path    *pathCache
 	eng     *engine.Engine
+	acc     accelerator
 	att     *attachments
 	started bool // the engine's workers run
 

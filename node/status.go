@@ -121,6 +121,10 @@ type DeviceStatus struct {
 	// and UDP_GRO.
 	SendSegmented bool `json:"send_segmented"`
 	ReceiveMerged bool `json:"receive_merged"`
+	// Accelerator is "on" while the kernel carries what it can past the packet
+	// workers, "paused" or "off"; AcceleratorReason says why.
+	Accelerator       string `json:"accelerator,omitempty"`
+	AcceleratorReason string `json:"accelerator_reason,omitempty"`
 	// GSOMaxSize is the largest super-packet the host hands us, in bytes.
 	GSOMaxSize int `json:"gso_max_size,omitempty"`
 	// Recreated counts how often the device was made again after it vanished.
@@ -204,6 +208,8 @@ type DirectionLedger struct {
 	DeliveredBytes uint64            `json:"delivered_bytes"`
 	Dropped        uint64            `json:"dropped"`
 	Drops          map[string]uint64 `json:"drops"`
+	// Accelerated is how many of Packets were carried inside the kernel.
+	Accelerated uint64 `json:"accelerated"`
 }
 
 // LeaseCounters count what the control plane saw; the fields are explained at

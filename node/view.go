@@ -107,11 +107,13 @@ func emptyNotNil[T any](s []T) []T {
 }
 
 func ledgerOf(st engine.Stats) Ledger {
-	return Ledger{
+	l := Ledger{
 		Tx: directionOf(&st.Tx), Rx: directionOf(&st.Rx),
 		ICMPSent: st.ICMPSent, ICMPLimited: st.ICMPLimited,
 		SocketDropped: st.SocketDropped,
 	}
+	l.Tx.Accelerated, l.Rx.Accelerated = st.BypassTx.Packets, st.BypassRx.Packets
+	return l
 }
 
 func directionOf(d *engine.Direction) DirectionLedger {

@@ -163,6 +163,14 @@ func printDevice(line lineFunc, d node.DeviceStatus) {
 		offload += " (" + d.OffloadReason + ")"
 	}
 	line("device", "%s %s, %s, MTU %d, %s, offload %s", d.Name, addrText(d.Address), state, d.MTU, count(uint64(d.Workers), "worker"), offload)
+	if d.Accelerator == "" {
+		return
+	}
+	text := d.Accelerator
+	if d.AcceleratorReason != "" {
+		text += ": " + d.AcceleratorReason
+	}
+	line("accelerator", "%s", text)
 }
 
 func printEtcd(line lineFunc, e node.EtcdStatus) {
@@ -194,7 +202,11 @@ func peersText(byFraming map[string]int) string {
 }
 
 func ledgerText(d node.DirectionLedger) string {
-	return fmt.Sprintf("%s, %s, %d delivered, %d dropped", count(d.Packets, "packet"), bytesText(d.Bytes), d.Delivered, d.Dropped)
+	s := fmt.Sprintf("%s, %s, %d delivered, %d dropped", count(d.Packets, "packet"), bytesText(d.Bytes), d.Delivered, d.Dropped)
+	if d.Accelerated > 0 {
+		s += fmt.Sprintf(", %d inside the kernel", d.Accelerated)
+	}
+	return s
 }
 
 // printDrops lists the reasons that occurred, the most frequent first.

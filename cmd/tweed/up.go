@@ -76,6 +76,7 @@ privilege, and the process gives up all it has.`,
 	cmd.Flags().BoolVar(&exitWhenIdle, "exit-when-idle", false, "end after the last container was detached")
 	_ = cmd.Flags().MarkHidden("exit-when-idle")
 	completeWords(cmd, "offload", "auto", "full", "tso", "none")
+	completeWords(cmd, "accelerate", "auto", "off")
 	completeWords(cmd, "listen-framings", "udp", "vxlan", "udp,vxlan")
 	completeWords(cmd, "log-level", "debug", "info", "warn", "error")
 	completeWords(cmd, "log-format", "text", "json")

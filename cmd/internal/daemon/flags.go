@@ -46,6 +46,7 @@ type Flags struct {
 	mtu, tunName            string
 	workers                 int
 	offload, framings       string
+	accelerate              string
 	leaseTTL                time.Duration
 	takeOver, releaseOnExit bool
 	stateDir, socket        string
@@ -97,6 +98,7 @@ func (f *Flags) registerOwn(fs *flag.FlagSet, d Defaults) {
 	fs.StringVar(&f.tunName, "tun-name", d.TUNName, "`name` of the TUN device; a trailing %d picks a free number")
 	fs.IntVar(&f.workers, "workers", 0, "`number` of packet workers; 0 chooses from the CPUs")
 	fs.StringVar(&f.offload, "offload", "auto", "highest offload `rung` to use: auto, full, tso or none")
+	fs.StringVar(&f.accelerate, "accelerate", "auto", "`whether` to carry packets inside the kernel where it can: auto or off")
 	fs.StringVar(&f.framings, "listen-framings", "", "comma separated `framings` to receive, udp and vxlan (default: the network's)")
 	fs.DurationVar(&f.leaseTTL, "lease-ttl", 24*time.Hour, "life`time` of the lease when it is not renewed")
 	fs.BoolVar(&f.takeOver, "take-over", false, "take the lease with our public IP although another node id holds it")
@@ -140,6 +142,13 @@ func (f *Flags) Config() (node.Config, error) {
 	var err error
 	if cfg.Offload, err = tun.ParseOffload(f.offload); err != nil {
 		return node.Config{}, fmt.Errorf("--offload %q: expected auto, full, tso or none", f.offload)
+	}
+	switch f.accelerate {
+	case "auto":
+		cfg.Accelerate = true
+	case "off":
+	default:
+		return node.Config{}, fmt.Errorf("--accelerate %q: expected auto or off", f.accelerate)
 	}
 	if cfg.ListenFramings, err = parseFramings(f.framings); err != nil {
 		return node.Config{}, err

@@ -42,6 +42,7 @@ func TestDefaultsMakeAUsableConfig(t *testing.T) {
 		IPTablesResync:    5 * time.Second,
 		TUNName:           "tweed0",
 		Offload:           tun.OffloadAuto,
+		Accelerate:        true,
 		HealthzIP:         "0.0.0.0",
 	}
 	if !reflect.DeepEqual(got, want) {
@@ -58,7 +59,7 @@ func TestEveryFlagReachesTheConfig(t *testing.T) {
 		"--public-ip", "203.0.113.7", "--subnet-file", "/tmp/s.env",
 		"--ip-masq", "--ip-masq-fully-random-disable", "--iptables-resync", "7", "--iptables-forward-rules=false",
 		"--ip-blackhole-route", "--healthz-ip", "127.0.0.1", "--healthz-port", "8080",
-		"--mtu", "max", "--tun-name", "ov%d", "--workers", "3", "--offload", "tso", "--listen-framings", "udp,vxlan",
+		"--mtu", "max", "--tun-name", "ov%d", "--workers", "3", "--offload", "tso", "--accelerate", "off", "--listen-framings", "udp,vxlan",
 		"--lease-ttl", "90s", "--take-over", "--release-on-exit", "--state-dir", "/s", "--socket", "/s/x.sock",
 		"--metrics-addr", "127.0.0.1:9100",
 	)
@@ -92,6 +93,7 @@ func TestBadValuesNameFlagAndExpectation(t *testing.T) {
 		{"--tun-name", "a-name-too-long-for-it"},
 		{"--tun-name", "a%db"},
 		{"--workers", "-1"},
+		{"--accelerate", "on"},
 		{"--workers", "257"},
 		{"--offload", "max"},
 		{"--listen-framings", "geneve"},

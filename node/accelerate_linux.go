@@ -1,0 +1,154 @@
+package node
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/safchain/ethtool"
+	"github.com/vishvananda/netlink"
+
+	"tweed/accel"
+	"tweed/encap"
+	"tweed/engine"
+)
+
+// States of the accelerator in DeviceStatus.
+const (
+	acceleratorOn     = "on"
+	acceleratorPaused = "paused"
+	acceleratorOff    = "off"
+)
+
+// accelerator is the node's end of package accel: when there is one, and when
+// it has to stand back.
+type accelerator struct {
+	*accel.Accelerator        // nil while there is none
+	why                string // there is none
+	underlay           int
+}
+
+// state returns what DeviceStatus says.
+func (a *accelerator) state() (state, why string) {
+	if a.Accelerator == nil {
+		return acceleratorOff, a.why
+	}
+	on, why := a.State()
+	if on {
+		return acceleratorOn, why
+	}
+	return acceleratorPaused, why
+}
+
+// openAccelerator puts an accelerator beside the engine, if the host has what
+// it takes. It is never an error that it has not.
+func (r *runner) openAccelerator() {
+	if err := r.tryAccelerator(); err != nil {
+		if r.acc.why != err.Error() {
+			r.log.Info("packets are not carried inside the kernel", "why", err)
+		}
+		r.acc = accelerator{why: err.Error()}
+	}
+}
+
+func (r *runner) tryAccelerator() error {
+	switch {
+	case !r.cfg.Accelerate:
+		return fmt.Errorf("--accelerate off")
+	case r.link == nil:
+		return fmt.Errorf("no TUN device of the host's own")
+	}
+	l, err := r.nl.LinkByIndex(r.u.index)
+	if err != nil {
+		return fmt.Errorf("underlay %s: %w", r.u.name, err)
+	}
+	if l.Attrs().EncapType != "ether" {
+		return fmt.Errorf("underlay %s is no Ethernet interface but %s", r.u.name, l.Attrs().EncapType)
+	}
+	cfg := accel.Config{
+		TUN: r.link.index, Underlay: r.u.index, Local: r.u.addr,
+		Sources: r.eng.SourcePorts(), Whole: carriesWhole(l), MTU: r.overlay.mtu,
+		Way: r.path.way,
+	}
+	for _, at := range r.eng.Listening() {
+		switch at.Framing {
+		case encap.FramingVXLAN:
+			cfg.VXLANPort = at.Addr.Port()
+		case encap.FramingUDP:
+			cfg.UDPPort = at.Addr.Port()
+		}
+	}
+	a, err := accel.New(cfg)
+	if err != nil {
+		return err
+	}
+	a.Hold(r.accelHolds())
+	r.acc = accelerator{Accelerator: a, underlay: r.u.index}
+	r.eng.SetBypass(a)
+	return nil
+}
+
+// closeAccelerator detaches it. Its counters are in the engine's until then.
+func (r *runner) closeAccelerator() {
+	if r.acc.Accelerator == nil {
+		return
+	}
+	if r.eng != nil {
+		r.eng.SetBypass(nil)
+	}
+	if err := r.acc.Close(); err != nil {
+		r.log.Warn("close accelerator", "err", err)
+	}
+	r.acc = accelerator{}
+}
+
+// checkAccelerator tells the accelerator what has changed on the host.
+func (r *runner) checkAccelerator() {
+	if r.acc.Accelerator == nil {
+		return
+	}
+	if r.acc.underlay != r.u.index {
+		r.closeAccelerator()
+		r.openAccelerator()
+		return
+	}
+	r.acc.Hold(r.accelHolds())
+	r.acc.Refresh()
+}
+
+// accelHolds lists why nothing may be carried past the workers at present.
+func (r *runner) accelHolds() []string {
+	var holds []string
+	if l, err := r.link.get(); err == nil && l.Attrs().Promisc > 0 {
+		holds = append(holds, fmt.Sprintf("%s is promiscuous: whoever listens there shall see every packet", r.link.name))
+	}
+	// The programs send behind the place where the kernel encrypts.
+	if policies, err := r.nl.XfrmPolicyList(netlink.FAMILY_ALL); err == nil && len(policies) > 0 {
+		holds = append(holds, "the host has IPsec policies, which would not see these packets")
+	}
+	return holds
+}
+
+// carriesWhole reports whether the interface passes super-packets of a tunnel
+// on as they are. A veth does, unless it was told not to; a network card cuts
+// them into frames without UDP checksum, which its receiver cannot merge.
+func carriesWhole(l netlink.Link) bool {
+	if l.Type() != "veth" {
+		return false
+	}
+	e, err := ethtool.NewEthtool()
+	if err != nil {
+		return false
+	}
+	defer e.Close()
+	f, err := e.Features(l.Attrs().Name)
+	return err == nil && f["tx-tcp-segmentation"] && f["tx-udp_tnl-segmentation"]
+}
+
+// way returns the index of the interface that addr is reached through, 0 when
+// there is none or more than one.
+func (c *pathCache) way(addr netip.Addr) int {
+	c.get(addr)
+	return c.paths[addr].link
+}
+
+var _ engine.Bypass = (*accel.Accelerator)(nil)
