@@ -9,7 +9,6 @@ import (
 
 	"tweed/accel"
 	"tweed/encap"
-	"tweed/engine"
 )
 
 // States of the accelerator in DeviceStatus.
@@ -24,7 +23,14 @@ const (
 type accelerator struct {
 	*accel.Accelerator        // nil while there is none
 	why                string // there is none
-	underlay           int
+	host               acceleratorHost
+}
+
+// acceleratorHost is what an accelerator was made for.
+type acceleratorHost struct {
+	underlay int // interface index
+	addr     netip.Addr
+	whole    bool // the link carries super-packets without cutting them
 }
 
 // state returns what DeviceStatus says.
@@ -57,16 +63,13 @@ func (r *runner) tryAccelerator() error {
 	case r.link == nil:
 		return fmt.Errorf("no TUN device of the host's own")
 	}
-	l, err := r.nl.LinkByIndex(r.u.index)
+	host, err := r.acceleratorHost()
 	if err != nil {
-		return fmt.Errorf("underlay %s: %w", r.u.name, err)
-	}
-	if l.Attrs().EncapType != "ether" {
-		return fmt.Errorf("underlay %s is no Ethernet interface but %s", r.u.name, l.Attrs().EncapType)
+		return err
 	}
 	cfg := accel.Config{
-		TUN: r.link.index, Underlay: r.u.index, Local: r.u.addr,
-		Sources: r.eng.SourcePorts(), Whole: carriesWhole(l), MTU: r.overlay.mtu,
+		TUN: r.link.index, Underlay: host.underlay, Local: host.addr,
+		Sources: r.eng.SourcePorts(), Whole: host.whole, MTU: r.overlay.mtu,
 		Way: r.path.way,
 	}
 	for _, at := range r.eng.Listening() {
@@ -82,7 +85,7 @@ func (r *runner) tryAccelerator() error {
 		return err
 	}
 	a.Hold(r.accelHolds())
-	r.acc = accelerator{Accelerator: a, underlay: r.u.index}
+	r.acc = accelerator{Accelerator: a, host: host}
 	r.eng.SetBypass(a)
 	return nil
 }
@@ -106,13 +109,25 @@ func (r *runner) checkAccelerator() {
 	if r.acc.Accelerator == nil {
 		return
 	}
-	if r.acc.underlay != r.u.index {
+	if host, err := r.acceleratorHost(); err != nil || host != r.acc.host {
 		r.closeAccelerator()
 		r.openAccelerator()
 		return
 	}
 	r.acc.Hold(r.accelHolds())
 	r.acc.Refresh()
+}
+
+// acceleratorHost looks at the underlay interface.
+func (r *runner) acceleratorHost() (acceleratorHost, error) {
+	l, err := r.nl.LinkByIndex(r.u.index)
+	if err != nil {
+		return acceleratorHost{}, fmt.Errorf("underlay %s: %w", r.u.name, err)
+	}
+	if kind := l.Attrs().EncapType; kind != "ether" {
+		return acceleratorHost{}, fmt.Errorf("underlay %s is not an Ethernet interface but %s", r.u.name, kind)
+	}
+	return acceleratorHost{underlay: r.u.index, addr: r.u.addr, whole: carriesWhole(l)}, nil
 }
 
 // accelHolds lists why nothing may be carried past the workers at present.
@@ -150,5 +165,3 @@ func (c *pathCache) way(addr netip.Addr) int {
 	c.get(addr)
 	return c.paths[addr].link
 }
-
-var _ engine.Bypass = (*accel.Accelerator)(nil)

@@ -1,0 +1,154 @@
+package e2e
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"tweed/node"
+	"tweed/probe"
+)
+
+// accelerated starts two nodes whose packets are carried inside the kernel.
+func accelerated(t *testing.T, config string) (w *world, a, b *daemon) {
+	t.Helper()
+	w = newWorld(t, 2)
+	w.config(config)
+	a, b = w.up(0), w.up(1)
+	awaitPeers(1, a, b)
+	if s := a.status().Device; s.Accelerator != "on" {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("accelerator %s: %s", s.Accelerator, s.AcceleratorReason)
+		}
+		t.Skipf("accelerator %s: %s", s.Accelerator, s.AcceleratorReason)
+	}
+	return w, a, b
+}
+
+// awaitAccelerator waits until the node says so, with a word of the reason.
+func awaitAccelerator(e *daemon, state, reason string) {
+	e.w.t.Helper()
+	e.await("accelerator "+state+" "+reason, func(s node.Status) bool {
+		return s.Device.Accelerator == state && strings.Contains(s.Device.AcceleratorReason, reason)
+	})
+}
+
+// assertInKernel sends a ping and tells whether node a carried it inside the kernel.
+func assertInKernel(t *testing.T, a, b *daemon, want bool) {
+	t.Helper()
+	before := a.status().Ledger
+	assertPing(t, a.host(), b.host(), 56)
+	after := a.status().Ledger
+	if got := after.Tx.Accelerated > before.Tx.Accelerated; got != want {
+		t.Errorf("the packet was carried inside the kernel: %t, want %t", got, want)
+	}
+	if after.Tx.Packets == before.Tx.Packets || after.Rx.Packets == before.Rx.Packets {
+		t.Errorf("the ping is not in the ledger: %+v, then %+v", before, after)
+	}
+}
+
+// TestAcceleratorStepsBack for whoever must see every packet, and comes back.
+// Traffic goes on throughout.
+func TestAcceleratorStepsBack(t *testing.T) {
+	w, a, b := accelerated(t, vxlanConfig)
+	s := stream(t, a.host(), b.host())
+	awaitFlow(w, s, 200)
+	assertInKernel(t, a, b, true)
+	for _, c := range []struct {
+		reason string
+		begin  func() (end func())
+	}{
+		{"capture", func() func() {
+			p := w.launch(a.ns, "capture", tweedBin, "capture", "--state-dir", a.dir, "-w", filepath.Join(w.dir, "x.pcapng"))
+			return func() { p.end(unix.SIGINT) }
+		}},
+		{"promiscuous", func() func() {
+			setPromisc(t, a, true)
+			return func() { setPromisc(t, a, false) }
+		}},
+		{"IPsec", func() func() { return addPolicy(t, a) }},
+	} {
+		end := c.begin()
+		awaitAccelerator(a, "paused", c.reason)
+		assertInKernel(t, a, b, false)
+		awaitFlow(w, s, 200)
+		end()
+		awaitAccelerator(a, "on", "")
+		assertInKernel(t, a, b, true)
+	}
+	assertClean(t, s)
+	assertNoDrops(t, a, b)
+	a.down()
+	b.down()
+}
+
+// setPromisc does what a sniffer does on the TUN device.
+func setPromisc(t *testing.T, e *daemon, on bool) {
+	t.Helper()
+	netlinkIn(t, e.ns, func(h *netlink.Handle) {
+		l, err := h.LinkByName("tweed0")
+		if err == nil && on {
+			err = h.SetPromiscOn(l)
+		} else if err == nil {
+			err = h.SetPromiscOff(l)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// addPolicy installs an IPsec policy for a network far away. The kernel tells
+// nobody of it: the node looks by itself.
+func addPolicy(t *testing.T, e *daemon) (remove func()) {
+	t.Helper()
+	far := &net.IPNet{IP: net.IPv4(198, 51, 100, 0), Mask: net.CIDRMask(24, 32)}
+	policy := &netlink.XfrmPolicy{Src: far, Dst: far, Dir: netlink.XFRM_DIR_OUT}
+	change := func(what func(*netlink.Handle, *netlink.XfrmPolicy) error) {
+		err := e.ns.Do(func() error {
+			h, err := netlink.NewHandle(unix.NETLINK_XFRM)
+			if err != nil {
+				return err
+			}
+			defer h.Close()
+			return what(h, policy)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	change((*netlink.Handle).XfrmPolicyAdd)
+	return func() { change((*netlink.Handle).XfrmPolicyDel) }
+}
+
+// TestAcceleratorFollowsTheTable: a peer that moves is followed while traffic
+// runs, and a peer whose lease is gone is not sent to.
+func TestAcceleratorFollowsTheTable(t *testing.T) {
+	w, a, b := accelerated(t, udpConfig)
+	s := stream(t, a.host(), b.host())
+	awaitFlow(w, s, 200)
+	// A wider lease of somebody else around b's must not catch b's packets.
+	w.put(prefix+"/subnets/10.244.128.0-20", `{"PublicIP":"192.0.2.99","PublicIPv6":null}`)
+	awaitPeers(2, a, b)
+	awaitFlow(w, s, 200)
+	assertClean(t, s)
+	assertInKernel(t, a, b, true)
+
+	// What has no lease is refused by the workers, under its reason.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // for an answer that never comes
+	defer cancel()
+	nobody := netip.MustParseAddr("10.244.99.77")
+	if _, err := probe.Ping(ctx, a.ns, a.addr(), nobody, 56); err == nil {
+		t.Errorf("%s answers, nobody has it", nobody)
+	}
+	a.await("a drop for no-route", func(s node.Status) bool { return s.Ledger.Tx.Drops["no-route"] > 0 })
+	assertBalance(t, a)
+}
