@@ -128,7 +128,7 @@ func TestCaptureRefusesWhatIsWrong(t *testing.T) {
 		{CaptureRequest{Points: []string{"tun"}}, "one of tun-in, wire-out"},
 		{CaptureRequest{Snap: -1}, "snap length -1"},
 		{CaptureRequest{Peers: []string{"n9"}}, `peer "n9": no such node (have: 192.0.2.3, n2)`},
-		{CaptureRequest{Reasons: []string{"bad-luck"}}, "one of not-ipv4"},
+		{CaptureRequest{Reasons: []string{"bad-luck"}}, "one of impaired, not-ipv4"},
 	} {
 		if _, err := c.Capture(t.Context(), k.req); err == nil || !strings.Contains(err.Error(), k.want) {
 			t.Errorf("%+v: %v, expected %q", k.req, err, k.want)

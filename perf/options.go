@@ -42,7 +42,8 @@ turns at every load of every round. Prints tables, and writes result.json,
 result.md and chart.svg to perf/results/.
 
   subjects  raw, vxlan (the kernel's), tweed-udp, tweed-vxlan, flanneld, wireguard-go, nebula;
-            tweed is both framings; tweed-vxlan@tso forces a rung (full, tso, none);
+            tweed is both framings; tweed-vxlan@workers keeps every packet in user space,
+            tweed-vxlan@tso at a rung as well (full, tso, none);
             tweed-b-udp and tweed-b-vxlan are the binary of --against
   loads     tcpN, tcpN-reverse, tcpN-both (N flows); udpB, udpBxN (B bytes, N flows); ping; idle
   links     virtual (veth as it is: super-packets cross whole), wire (veth that cuts
@@ -77,7 +78,7 @@ func parseOptions(args []string, stderr io.Writer) (*options, error) {
 	fs.BoolVar(&o.rootless, "rootless", false, "measure two containers of one machine, without privilege")
 	link := fs.String("link", "both", "`kind` of link: virtual, wire or both")
 	fs.StringVar(&o.loadList, "loads", defaultLoads, "comma separated `loads`")
-	fs.StringVar(&o.subjectList, "subjects", "", "comma separated `subjects` (default: raw, vxlan, tweed, and the peers there are)")
+	fs.StringVar(&o.subjectList, "subjects", "", "comma separated `subjects` (default: raw, vxlan, tweed, tweed-vxlan@workers, and the peers there are)")
 	var peers repeated
 	fs.Var(&peers, "peer", "`name=/path` of flanneld, wireguard-go or nebula; repeatable; else they are looked for on PATH")
 	fs.StringVar(&o.tweed, "tweed", "", "`path` of a tweed binary to measure (default: built from ./cmd/tweed)")

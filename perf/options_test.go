@@ -34,7 +34,7 @@ func TestSubjectsByDefault(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := []string{"raw", "vxlan", "tweed-udp", "tweed-vxlan"}; !slices.Equal(names(o), want) {
+	if want := []string{"raw", "vxlan", "tweed-udp", "tweed-vxlan", "tweed-vxlan@workers"}; !slices.Equal(names(o), want) {
 		t.Errorf("%v, want %v", names(o), want)
 	}
 	if want := []string{"virtual", "wire"}; !slices.Equal(o.links, want) {

@@ -140,11 +140,11 @@ func twin(name string) string {
 
 // chooseSubjects makes the subjects of a run, in the order of the columns: those
 // that are asked for, or else raw veth, the kernel's vxlan, tweed in both
-// framings, and every peer that is given or on PATH. With a second binary every
+// framings and once without its accelerator, and every peer that is given or on PATH. With a second binary every
 // tweed column gets its twin. The error names what does not exist.
 func chooseSubjects(asked []string, peers map[string]string, against bool) ([]chosen, error) {
 	if len(asked) == 0 {
-		asked = []string{subjectRaw, subjectKernel, "tweed"}
+		asked = []string{subjectRaw, subjectKernel, "tweed", "tweed-vxlan@" + onlyWorkers}
 		for _, name := range peerNames {
 			if peers[name] != "" {
 				asked = append(asked, name)
@@ -220,7 +220,7 @@ func newSubject(name string, peers map[string]string, against bool) (subject, er
 		return newNebula(path)
 	}
 	return nil, fmt.Errorf("--subjects %q: expected some of %s, %s, tweed, tweed-udp, tweed-vxlan, "+
-		"tweed-b, each tweed with a rung if wanted (tweed-vxlan@tso), %s",
+		"tweed-b, each tweed with a rung if wanted (tweed-vxlan@tso, tweed-vxlan@workers), %s",
 		name, subjectRaw, subjectKernel, strings.Join(peerNames, ", "))
 }
 

@@ -25,6 +25,9 @@ const (
 	answerLimit = 10 * time.Second
 )
 
+// onlyWorkers in place of a rung: no packet is carried inside the kernel.
+const onlyWorkers = "workers"
+
 // tweed is `tweed up` on both sides with an etcd that `tweed etcd` serves.
 type tweed struct {
 	name, framing, rung string
@@ -33,8 +36,8 @@ type tweed struct {
 }
 
 func newTweed(name, framing, rung string, second bool) (subject, error) {
-	if _, err := tun.ParseOffload(rung); strings.Contains(name, "@") && err != nil {
-		return nil, fmt.Errorf("--subjects %s: %w", name, err)
+	if _, err := tun.ParseOffload(rung); strings.Contains(name, "@") && rung != onlyWorkers && err != nil {
+		return nil, fmt.Errorf("--subjects %s: %w, or %s", name, err, onlyWorkers)
 	}
 	return tweed{name, framing, rung, second}, nil
 }
@@ -81,7 +84,11 @@ func (t tweed) up(ctx context.Context, b *bench, p *pair, dir string) (*overlay,
 			"--iptables-forward-rules=false", "--log-level", "warn",
 		}
 		if t.rung != "" {
-			args = append(args, "--offload", t.rung)
+			// A rung is about what the workers do.
+			args = append(args, "--accelerate", "off")
+			if t.rung != onlyWorkers {
+				args = append(args, "--offload", t.rung)
+			}
 		}
 		if err := o.engine(b, side, path, append(args, flags...)...); err != nil {
 			return o, err
