@@ -23,6 +23,8 @@ func TestWrongUsageExits2AndSaysWhatToType(t *testing.T) {
 		{"up --workers many", `--workers "many": expected a whole number`},
 		{"up --ip-masq=perhaps", `--ip-masq "perhaps": expected true or false`},
 		{"up --lease-ttl 1day", `--lease-ttl "1day": expected a time such as 30s`},
+		{"up --lease-ttl 0", `--lease-ttl 0: expected a time such as 30s`},
+		{"up --iptables-resync 0", `--iptables-resync 0: expected 1 second or more`},
 		{"up --mtu huge", `--mtu huge: expected max or a number of bytes`},
 		{"up --offload all", `--offload "all": expected auto, full, tso or none`},
 		{"up --log-level loud", `--log-level "loud": expected debug, info, warn or error`},

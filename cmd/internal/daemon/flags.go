@@ -156,6 +156,13 @@ func (f *Flags) Config() (node.Config, error) {
 	if cfg.Impair, err = impair.Parse(f.impair); err != nil {
 		return node.Config{}, fmt.Errorf("--impair %q: %w", f.impair, err)
 	}
+	// A node takes 0 for the default, which nobody who writes it means.
+	if f.leaseTTL == 0 {
+		return node.Config{}, fmt.Errorf("--lease-ttl 0: expected a time such as 30s, 5m or 24h")
+	}
+	if f.iptablesResync == 0 {
+		return node.Config{}, fmt.Errorf("--iptables-resync 0: expected 1 second or more")
+	}
 	cfg.Iface, cfg.IfaceRegex, cfg.IfaceCanReach = f.iface, f.ifaceRegex, f.ifaceCanReach
 	cfg.PublicIP = f.publicIP
 	cfg.SubnetFile = f.subnetFile
