@@ -23,6 +23,8 @@ type demoWorld struct {
 	runDir string
 	home   *netns.Namespace
 	before []string
+	// as is put before commands.
+	as []string
 }
 
 func newDemoWorld(t *testing.T) *demoWorld {
@@ -210,4 +212,119 @@ func (d *demoWorld) pidOf(dir string) int {
 		return pid
 	}
 	return 0
+}
+
+// kept runs a command on the kept demo, whose first arguments are a subcommand
+// and a node.
+func (d *demoWorld) kept(status int, args ...string) string {
+	d.t.Helper()
+	at := len(args)
+	if i := slices.Index(args, "--"); i >= 0 {
+		at = i
+	}
+	line := slices.Insert(append([]string{"demo"}, args...), at+1, "--run-dir", d.runDir)
+	argv := append(d.as, append([]string{tweedBin}, line...)...)
+	got, out, errs := run(d.t, argv[0], argv[1:]...)
+	if got != status {
+		d.t.Errorf("%q: exit status %d, want %d\n%s%s", args, got, status, out, errs)
+	}
+	return out + errs
+}
+
+// TestKeptDemoIsEnteredMeasuredBrokenAndHealed goes through what the demo
+// advises, as root with TUN devices and without privilege with containers.
+func TestKeptDemoIsEnteredMeasuredBrokenAndHealed(t *testing.T) {
+	needTool(t, "ping", "setpriv")
+	for _, tier := range []string{"tun", "veth"} {
+		t.Run(tier, func(t *testing.T) {
+			d := newDemoWorld(t)
+			if tier == "veth" {
+				d.runDir = filepath.Join(filepath.Dir(d.runDir), "home", "run")
+				forOrdinaryUser(t, filepath.Dir(d.runDir))
+				d.as = append(asOrdinaryUser(), "env", "XDG_RUNTIME_DIR=/nonexistent")
+			} else if !tunUsable() {
+				t.Skip("/dev/net/tun may not be opened here: tier veth stands for both")
+			}
+			d.kept(0, "--keep", "--backend", "vxlan", "--tier", tier)
+			records, err := filepath.Glob(filepath.Join(d.runDir, "demo-*", "demo.json"))
+			if err != nil || len(records) != 1 {
+				t.Fatalf("records %v, %v", records, err)
+			}
+			var r struct {
+				Nodes []struct{ Name, Address string }
+			}
+			if err := json.Unmarshal([]byte(readFile(t, records[0])), &r); err != nil || len(r.Nodes) != 2 {
+				t.Fatalf("record %+v, %v", r, err)
+			}
+			other := r.Nodes[1].Address
+			reach := func(status int) {
+				t.Helper()
+				d.kept(status, "ssh", "n1", "--", "ping", "-c", "1", "-W", "5", "-w", "5", other)
+			}
+			reach(0)
+			if out := d.kept(7, "ssh", "n2", "--", "sh", "-c", "cat /proc/net/fib_trie; exit 7"); !strings.Contains(out, other) {
+				t.Errorf("n2 has no address %s: %s", other, out)
+			}
+			if out := d.kept(127, "ssh", "n1", "--", "no-such-command"); !strings.Contains(out, "no-such-command: no such command") {
+				t.Errorf("an unknown command: %s", out)
+			}
+			if out := d.kept(1, "ssh", "n9"); !strings.Contains(out, "n9: no such node (have: n1, n2)") {
+				t.Errorf("an unknown node: %s", out)
+			}
+			var b struct {
+				Schema int
+				Pairs  []struct {
+					TCP         float64 `json:"tcp_gbit_per_s"`
+					UDPReceived uint64  `json:"udp_received"`
+					RTT         float64 `json:"rtt_us"`
+				}
+			}
+			if out := d.kept(0, "bench", "-o", "json"); json.Unmarshal([]byte(out), &b) != nil || b.Schema != 1 || len(b.Pairs) != 2 ||
+				b.Pairs[0].TCP <= 0 || b.Pairs[1].UDPReceived == 0 || b.Pairs[0].RTT <= 0 {
+				t.Errorf("bench: %s", out)
+			}
+
+			d.kept(0, "break", "n2", "--partition")
+			reach(1)
+			d.kept(0, "heal", "n2")
+			reach(0)
+			d.kept(0, "break", "n2", "--kill")
+			if out := d.kept(1, "break", "n2", "--kill"); !strings.Contains(out, "broken already") {
+				t.Errorf("killed twice: %s", out)
+			}
+			reach(1)
+			d.kept(0, "heal", "n2")
+			reach(0)
+			if out := d.kept(0, "down"); !strings.Contains(out, "removed") {
+				t.Errorf("down: %s", out)
+			}
+		})
+	}
+}
+
+// TestImpairedDemoCountsWhatItLoses: nothing is dropped for another reason.
+func TestImpairedDemoCountsWhatItLoses(t *testing.T) {
+	d := newDemoWorld(t)
+	tier := "tun"
+	if !tunUsable() {
+		tier = "veth"
+	}
+	out := d.kept(0, "--backend", "udp", "--tier", tier, "--loss", "10%", "--delay", "1ms", "--reorder", "5%", "--seed", "3", "--mtu", "1300")
+	for word, times := range map[string]int{
+		"loss=10%,delay=1ms,reorder=5%,seed=3": 1, "underlay         192.0.2.0/24, MTU 1300": 1, "MTU 1272": 2, "sha256 equal": 2, "dropped (impaired ": 2,
+	} {
+		if n := strings.Count(out, word); n != times {
+			t.Errorf("%q stands there %d times, want %d\n%s", word, n, times, out)
+		}
+	}
+}
+
+// tunUsable reports whether tests can make TUN devices.
+func tunUsable() bool {
+	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	f.Close()
+	return true
 }

@@ -27,6 +27,7 @@ import (
 	"os"
 
 	"tweed/encap"
+	"tweed/engine/impair"
 	"tweed/lease"
 	"tweed/netstack"
 	"tweed/node"
@@ -46,6 +47,8 @@ type Config struct {
 	// MTU is the overlay's MTU as --mtu takes it: empty derives it from the
 	// underlay's, which for loopback is very large.
 	MTU string
+	// Impair treats what the node sends as a bad network would.
+	Impair impair.Spec
 	// StateDir keeps the node's identity for another Start; empty forgets it.
 	StateDir string
 	// Framings to receive; empty means the network's own.
@@ -104,7 +107,7 @@ func start(ctx context.Context, c Config) (*Node, error) {
 	n.Node, err = node.New(node.Config{
 		EtcdEndpoints: c.EtcdEndpoints, EtcdPrefix: c.EtcdPrefix, NodeName: c.Name,
 		Iface: []string{c.Underlay.String()}, MTU: c.MTU, ListenFramings: c.Framings,
-		AttachOnly: true, Workers: 1, Offload: tun.OffloadAuto, StateDir: c.StateDir, ReleaseOnExit: n.dir != "",
+		AttachOnly: true, Workers: 1, Offload: tun.OffloadAuto, Impair: c.Impair, StateDir: c.StateDir, ReleaseOnExit: n.dir != "",
 		Program: "inproc", Log: c.Log,
 	})
 	if err != nil {

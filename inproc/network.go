@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 
 	"tweed/encap"
+	"tweed/engine/impair"
 	"tweed/lease"
 	"tweed/node"
 )
@@ -37,6 +38,9 @@ type NetworkConfig struct {
 	// MTU of the overlay in bytes, as --mtu takes it; empty derives it from
 	// loopback's, "1426" is that of an ordinary network.
 	MTU string
+	// Impair makes a bad network of the overlay: every node loses, delays and
+	// reorders what it sends. The n-th node's seed is n more.
+	Impair impair.Spec
 	// Log receives the events of all nodes; nil discards them.
 	Log *slog.Logger
 }
@@ -54,6 +58,8 @@ type Network struct {
 	mu    sync.Mutex
 	grpc  []*grpc.Server
 	nodes []*Node
+	// started counts the calls of Start.
+	started int
 }
 
 // NewNetwork starts the etcd, on a loopback port of its own, and writes the
@@ -124,7 +130,12 @@ func (w *Network) configure() error {
 
 // Start starts a node in the network and waits until it is ready, or ctx ends.
 func (w *Network) Start(ctx context.Context, name string) (*Node, error) {
-	n, err := Start(ctx, Config{EtcdEndpoints: []string{w.Endpoint}, Name: name, MTU: w.c.MTU, Log: w.c.Log})
+	spec := w.c.Impair
+	w.mu.Lock()
+	spec.Seed += uint64(w.started)
+	w.started++
+	w.mu.Unlock()
+	n, err := Start(ctx, Config{EtcdEndpoints: []string{w.Endpoint}, Name: name, MTU: w.c.MTU, Impair: spec, Log: w.c.Log})
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"syscall"
 	"unsafe"
 
@@ -18,6 +19,10 @@ import (
 // which a terminal sends to both, are left to the command; SIGTERM and SIGHUP are
 // passed on. The error is why the command could not be started.
 func (t *Target) Exec(argv, env []string) (status int, err error) {
+	if t.Foreign() {
+		// The command is in a user namespace of ours, as after Elevate.
+		env = append(slices.Clone(env), fmt.Sprintf("%s=%d", elevated, os.Getuid()))
+	}
 	p, err := t.planExec(argv, env)
 	if err != nil {
 		return 0, err

@@ -201,6 +201,10 @@ func ownUserNamespace(f *os.File) (bool, error) {
 	return a.Dev == b.Dev && a.Ino == b.Ino, nil
 }
 
+// Foreign reports whether another user namespace than ours owns the target: it
+// can be changed only from inside that.
+func (t *Target) Foreign() bool { return t.user != nil }
+
 // String names the target as the user did.
 func (t *Target) String() string {
 	if t.path != "" {

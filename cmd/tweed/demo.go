@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -16,6 +17,7 @@ import (
 	"tweed/attach"
 	"tweed/cmd/internal/daemon"
 	"tweed/encap"
+	"tweed/engine/impair"
 	"tweed/netns"
 )
 
@@ -29,6 +31,11 @@ type demoOptions struct {
 	nodes    int
 	framings []encap.Framing
 	keep     bool
+	// impair is what the nodes do to the packets they send; the n-th node's seed is
+	// n more.
+	impair impair.Spec
+	// mtu is the underlay's, in bytes.
+	mtu int
 	// tier is how the nodes are connected; passed are the better ones, with what
 	// was wrong with them.
 	tier   attach.Tier
@@ -39,7 +46,9 @@ type demoOptions struct {
 
 func newDemoCommand() *cobra.Command {
 	var o demoOptions
-	var backend, tier string
+	var backend, tier, loss, reorder string
+	var delay time.Duration
+	var seed uint64
 	cmd := &cobra.Command{
 		Use:     "demo",
 		Short:   "Show a whole overlay on this machine, in network namespaces",
@@ -49,10 +58,18 @@ etcd and a node in each, and pings and transfers across the overlay. It needs
 nothing installed; without root it works in a user namespace, and where
 /dev/net/tun cannot be used each node has a container with a veth pair instead.
 Where user namespaces are forbidden the nodes are part of the program.
-Everything is removed at the end, also after an error or Ctrl-C.`,
+Everything is removed at the end, also after an error or Ctrl-C.
+
+--loss, --reorder and --delay are done by the nodes themselves to every packet they
+send into the overlay. The same --seed treats the same packets alike, and what was
+lost stands in the ledger as impaired.`,
 		Example: `  tweed demo
   tweed demo --nodes 4 --backend vxlan
-  tweed demo --keep && tweed demo down`,
+  tweed demo --loss 5% --delay 20ms --seed 7
+  tweed demo --keep
+  tweed demo ssh n1 -- ip addr
+  tweed demo break n2 --kill && tweed demo heal n2
+  tweed demo down`,
 		Args: demoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.nodes < minDemoNodes || o.nodes > maxDemoNodes {
@@ -65,6 +82,12 @@ Everything is removed at the end, also after an error or Ctrl-C.`,
 			want, err := attach.ParseTier(tier)
 			if err != nil {
 				return newUsageError(cmd, fmt.Errorf("--tier %q: expected auto, tun, veth or netstack", tier))
+			}
+			if o.impair, err = demoImpairments(loss, reorder, delay, seed); err != nil {
+				return newUsageError(cmd, err)
+			}
+			if o.mtu < minDemoMTU || o.mtu > maxDemoMTU {
+				return newUsageError(cmd, fmt.Errorf("--mtu %d: expected %d to %d bytes", o.mtu, minDemoMTU, maxDemoMTU))
 			}
 			why := "asked for with --tier netstack"
 			if want == attach.TierAuto {
@@ -90,6 +113,11 @@ Everything is removed at the end, also after an error or Ctrl-C.`,
 	fs.StringVar(&backend, "backend", "both", "`framing` of the overlay: udp, vxlan or both, one beside the other")
 	fs.BoolVar(&o.keep, "keep", false, "leave it running until `tweed demo down`")
 	fs.StringVar(&tier, "tier", "auto", "force a `tier`: tun, veth or netstack (default: the best that works)")
+	fs.StringVar(&loss, "loss", "0%", "lose this `share` of the packets, up to 50%")
+	fs.StringVar(&reorder, "reorder", "0%", "let this `share` of the packets be overtaken")
+	fs.DurationVar(&delay, "delay", 0, "delay every packet by this `time`, up to 500ms")
+	fs.Uint64Var(&seed, "seed", 1, "`number` that chooses the packets to lose and to reorder")
+	fs.IntVar(&o.mtu, "mtu", defaultDemoMTU, "MTU of the underlay in `bytes`")
 	completeWords(cmd, "tier", "auto", "tun", "veth", "netstack")
 	completeWords(cmd, "backend", "udp", "vxlan", "both")
 	down := &cobra.Command{
@@ -100,12 +128,40 @@ Everything is removed at the end, also after an error or Ctrl-C.`,
 			return demoDown(cmd.Context(), o.runDir, cmd.OutOrStdout())
 		},
 	}
-	for _, c := range []*cobra.Command{cmd, down} {
+	children := []*cobra.Command{down, newDemoSSHCommand(&o), newDemoBenchCommand(&o), newDemoBreakCommand(&o), newDemoHealCommand(&o)}
+	for _, c := range append(children, cmd) {
 		c.Flags().StringVar(&o.runDir, "run-dir", defaultDemoDir(), "`directory` for the demo's files")
 	}
 	cmd.SuggestionsMinimumDistance = 2
-	cmd.AddCommand(down)
+	cmd.AddCommand(children...)
 	return cmd
+}
+
+// Bounds of the impairments: the demo's own traffic has to get through.
+const (
+	maxDemoLoss    = 0.5
+	maxDemoDelay   = 500 * time.Millisecond
+	minDemoMTU     = 576
+	maxDemoMTU     = 9216
+	defaultDemoMTU = 1500
+)
+
+func demoImpairments(loss, reorder string, delay time.Duration, seed uint64) (impair.Spec, error) {
+	s := impair.Spec{Delay: delay, Seed: seed}
+	var err error
+	if s.Loss, err = impair.ParseProbability(loss); err != nil {
+		return s, fmt.Errorf("--loss %w", err)
+	}
+	if s.Loss > maxDemoLoss {
+		return s, fmt.Errorf("--loss %q: expected at most 50%%, or the demo's own traffic does not get through", loss)
+	}
+	if s.Reorder, err = impair.ParseProbability(reorder); err != nil {
+		return s, fmt.Errorf("--reorder %w", err)
+	}
+	if delay < 0 || delay > maxDemoDelay {
+		return s, fmt.Errorf("--delay %s: expected 0s to %s", delay, maxDemoDelay)
+	}
+	return s, nil
 }
 
 // demoArgs refuses arguments; a word after "demo" was meant as a subcommand.

@@ -34,7 +34,10 @@ type demoDir struct {
 type record struct {
 	Schema int `json:"schema"`
 	// Processes in the order in which they are stopped.
-	Processes []kept `json:"processes"`
+	Processes []kept     `json:"processes"`
+	Nodes     []keptNode `json:"nodes"`
+	// Impaired says that the nodes lose or delay packets on purpose.
+	Impaired bool `json:"impaired"`
 }
 
 // defaultDemoDir is the run directory: one for each user, gone after a reboot.
@@ -193,13 +196,23 @@ func demoRuns(path string) bool {
 	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil
 }
 
-func (d *demoDir) writeRecord(r record) error {
-	r.Schema = 1
+// recordSchema is the version of record.
+const recordSchema = 2
+
+func (d *demoDir) writeRecord(r record) error { return r.write(d.path) }
+
+// write replaces the record of the demo at path.
+func (r record) write(path string) error {
+	r.Schema = recordSchema
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(d.path, demoRecord), append(b, '\n'), 0o600)
+	file := filepath.Join(path, demoRecord)
+	if err := os.WriteFile(file+".new", append(b, '\n'), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(file+".new", file)
 }
 
 func readRecord(path string) (record, error) {
@@ -208,7 +221,7 @@ func readRecord(path string) (record, error) {
 	if err != nil {
 		return r, err
 	}
-	if err := json.Unmarshal(b, &r); err != nil || r.Schema != 1 {
+	if err := json.Unmarshal(b, &r); err != nil || r.Schema != recordSchema {
 		return r, fmt.Errorf("%s: not the record of a demo of this version", filepath.Join(path, demoRecord))
 	}
 	return r, nil

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"strconv"
 	"time"
 
 	"tweed/attach"
@@ -62,6 +63,9 @@ func runNetstackDemo(ctx context.Context, o demoOptions, why string, stdout io.W
 		return fmt.Errorf("demo: --keep needs namespaces: in tier netstack the nodes are part of this program: %s", why)
 	}
 	out := printer{stdout}
+	if o.impair.Active() {
+		out.done("impairments", "%s, by the nodes themselves to all they send", o.impair)
+	}
 	out.done("tier "+string(attach.TierNetstack), "nodes inside this program, without any interface: %s", why)
 	for _, f := range o.framings {
 		out.blank()
@@ -78,7 +82,9 @@ func runNetstackDemo(ctx context.Context, o demoOptions, why string, stdout io.W
 func netstackOverlay(ctx context.Context, o demoOptions, f encap.Framing, out printer) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*demoPatience, fmt.Errorf("not done within %s", 2*demoPatience))
 	defer cancel()
-	network, err := inproc.NewNetwork(inproc.NetworkConfig{Network: newOverlay(f).network, Framing: f})
+	network, err := inproc.NewNetwork(inproc.NetworkConfig{
+		Network: newOverlay(f).network, Framing: f, MTU: strconv.Itoa(f.DefaultMTU(o.mtu)), Impair: o.impair,
+	})
 	if err != nil {
 		return err
 	}
@@ -102,17 +108,30 @@ func netstackOverlay(ctx context.Context, o demoOptions, f encap.Framing, out pr
 	for i, from := range nodes {
 		to := nodes[(i+1)%len(nodes)]
 		way := fmt.Sprintf("n%d → n%d", i+1, (i+1)%len(nodes)+1)
-		rtt, err := from.Ping(ctx, to.Addr(), 56)
+		var rtt time.Duration
+		var err error
+		for range impairedPings {
+			once, cancel := context.WithTimeout(ctx, 2*maxDemoDelay+time.Second)
+			rtt, err = from.Ping(once, to.Addr(), 56)
+			cancel()
+			if err == nil || !o.impair.Active() {
+				break
+			}
+		}
 		if err != nil {
 			return err
 		}
 		out.done("ping "+way, "%s to %s: %.2f ms", from.Addr(), to.Addr(), float64(rtt.Microseconds())/1000)
-		elapsed, err := netstackTransferTo(ctx, from, to)
+		size := netstackTransfer
+		if o.impair.Active() {
+			size = impairedTransfer
+		}
+		elapsed, err := netstackTransferTo(ctx, from, to, size)
 		if err != nil {
 			return fmt.Errorf("TCP %s: %w", way, err)
 		}
 		out.done("TCP  "+way, "%d MB in %.2f s, %.1f Gbit/s, sha256 equal",
-			netstackTransfer>>20, elapsed.Seconds(), netstackTransfer*8/elapsed.Seconds()/1e9)
+			size>>20, elapsed.Seconds(), float64(size)*8/elapsed.Seconds()/1e9)
 	}
 	for _, n := range nodes {
 		s := n.Node.Status()
@@ -123,7 +142,7 @@ func netstackOverlay(ctx context.Context, o demoOptions, f encap.Framing, out pr
 
 // netstackTransferTo sends bytes from one node to the other and compares what
 // arrived.
-func netstackTransferTo(ctx context.Context, from, to *inproc.Node) (time.Duration, error) {
+func netstackTransferTo(ctx context.Context, from, to *inproc.Node, size int) (time.Duration, error) {
 	l, err := to.Listen("tcp", ":0")
 	if err != nil {
 		return 0, err
@@ -153,7 +172,7 @@ func netstackTransferTo(ctx context.Context, from, to *inproc.Node) (time.Durati
 	defer stop()
 	block := make([]byte, 64<<10)
 	h := sha256.New()
-	for i := range netstackTransfer / len(block) {
+	for i := range size / len(block) {
 		for j := range block {
 			block[j] = byte(i*7 + j*13 + j>>8)
 		}

@@ -175,7 +175,8 @@ func keep(p *demoProcess) (kept, error) {
 	return kept{Name: p.Name, PID: p.cmd.Process.Pid, Start: start}, err
 }
 
-// startTime is field 22 of /proc/PID/stat: clock ticks since boot.
+// startTime is field 22 of /proc/PID/stat: clock ticks since boot. A process that
+// has ended and only waits for its parent to notice counts as gone.
 func startTime(pid int) (uint64, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -185,6 +186,9 @@ func startTime(pid int) (uint64, error) {
 	fields := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
 	if len(fields) < 20 {
 		return 0, fmt.Errorf("/proc/%d/stat: too short", pid)
+	}
+	if state := string(fields[0]); state == "Z" || state == "X" {
+		return 0, fmt.Errorf("process %d: %w", pid, unix.ESRCH)
 	}
 	return strconv.ParseUint(string(fields[19]), 10, 64)
 }

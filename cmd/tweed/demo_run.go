@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,6 +23,10 @@ import (
 const (
 	// demoTransfer is the size of each transfer, in bytes.
 	demoTransfer = 64 << 20
+	// impairedTransfer is the same where packets are lost on purpose.
+	impairedTransfer = 1 << 20
+	// impairedPings are tried where an echo may be lost on purpose.
+	impairedPings = 20
 	// demoPatience bounds each step; all of them together take some seconds.
 	demoPatience = 30 * time.Second
 	// demoLogLines is how much of a log is shown after a failure.
@@ -55,6 +61,8 @@ type overlay struct {
 // demoNode is one `tweed up`.
 type demoNode struct {
 	name    string
+	index   int
+	args    []string
 	ns      *netns.Namespace
 	process *demoProcess
 	dir     string
@@ -90,7 +98,7 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) error
 	}
 	fail(nil)
 	if err == nil && o.keep {
-		if err = d.record(); err == nil {
+		if err = d.record(overlays); err == nil {
 			d.closeHandles()
 			d.out.blank()
 			d.out.next(d.keptAdvice(overlays))
@@ -123,10 +131,13 @@ func (d *demo) show(ctx context.Context) ([]*overlay, error) {
 		d.out.block(func(w io.Writer) { fmt.Fprintln(w, "to get it:", v.Fix) })
 	}
 	var err error
-	if d.lan, err = netns.NewLAN(netns.LANConfig{Nodes: d.o.nodes}); err != nil {
+	if d.lan, err = netns.NewLAN(netns.LANConfig{Nodes: d.o.nodes, MTU: d.o.mtu}); err != nil {
 		return nil, err
 	}
 	d.out.done("underlay", "%s, MTU %d, %d nodes", d.lan.Network(), d.lan.MTU(), d.o.nodes)
+	if d.o.impair.Active() {
+		d.out.done("impairments", "%s, by the nodes themselves to all they send", d.o.impair)
+	}
 	if err := d.startEtcd(ctx); err != nil {
 		return nil, err
 	}
@@ -145,6 +156,10 @@ func (d *demo) show(ctx context.Context) ([]*overlay, error) {
 	}
 	return overlays, nil
 }
+
+// etcdNetnsFD is the first of the nodes' namespaces among etcd's descriptors,
+// after the standard ones, the pipe and the lock.
+const etcdNetnsFD = 5
 
 // startEtcd starts etcd on the underlay's gateway address and waits until it
 // answers. When the demo is kept, etcd also holds the lock and the namespaces.
@@ -192,15 +207,20 @@ func (d *demo) up(ctx context.Context, o *overlay) error {
 	d.out.done("network "+o.framing.String(), "%s in %s/config", o.network, o.prefix)
 	began := time.Now()
 	for i, ns := range d.lan.Nodes {
-		n := &demoNode{name: fmt.Sprintf("n%d", i+1), ns: ns}
+		n := &demoNode{name: fmt.Sprintf("n%d", i+1), index: i, ns: ns}
 		n.dir = filepath.Join(d.dir.path, o.framing.String()+"-"+n.name)
 		var err error
-		n.process, err = d.serve(ns, filepath.Base(n.dir), nil, "up",
+		n.args = []string{"up",
 			"--etcd-endpoints", d.endpoint, "--etcd-prefix", o.prefix,
 			"--iface", netns.LANInterface, "--tun-name", o.tunName,
 			"--state-dir", n.dir, "--subnet-file", filepath.Join(n.dir, "subnet.env"),
 			"--node-name", n.name, "--iptables-forward-rules=false",
-			fmt.Sprintf("--attach-only=%t", d.o.tier != attach.TierTUN))
+			fmt.Sprintf("--attach-only=%t", d.o.tier != attach.TierTUN)}
+		if s := d.o.impair; s.Active() {
+			s.Seed += uint64(i)
+			n.args = append(n.args, "--impair", s.String())
+		}
+		n.process, err = d.serve(ns, filepath.Base(n.dir), nil, n.args...)
 		if err != nil {
 			return err
 		}
@@ -256,12 +276,16 @@ func (d *demo) prove(ctx context.Context, o *overlay) error {
 	for i, from := range o.nodes {
 		to := o.nodes[(i+1)%len(o.nodes)]
 		way := from.name + " → " + to.name
-		rtt, err := probe.Ping(ctx, from.ns, from.addr(), to.addr(), 56)
+		rtt, lost, err := d.ping(ctx, from, to)
 		if err != nil {
 			return &demoProcessError{to.process, err}
 		}
-		d.out.done("ping "+way, "%s to %s: %.2f ms", from.addr(), to.addr(), float64(rtt.Microseconds())/1000)
-		t, err := probe.Transfer(ctx, from.ns, to.ns, from.addr(), to.addr(), demoTransfer)
+		d.out.done("ping "+way, "%s to %s: %.2f ms%s", from.addr(), to.addr(), float64(rtt.Microseconds())/1000, lost)
+		size := demoTransfer
+		if d.o.impair.Active() {
+			size = impairedTransfer
+		}
+		t, err := probe.Transfer(ctx, from.ns, to.ns, from.addr(), to.addr(), size)
 		if err != nil {
 			return &demoProcessError{to.process, err}
 		}
@@ -279,8 +303,42 @@ func (d *demo) prove(ctx context.Context, o *overlay) error {
 	return nil
 }
 
+// ping sends echo requests until one is answered; without impairments the first
+// one has to be.
+func (d *demo) ping(ctx context.Context, from, to *demoNode) (rtt time.Duration, lost string, err error) {
+	if !d.o.impair.Active() {
+		rtt, err = probe.Ping(ctx, from.ns, from.addr(), to.addr(), 56)
+		return rtt, "", err
+	}
+	for i := range impairedPings {
+		once, cancel := context.WithTimeout(ctx, 2*maxDemoDelay+time.Second)
+		rtt, err = probe.Ping(once, from.ns, from.addr(), to.addr(), 56)
+		cancel()
+		if err == nil {
+			if i > 0 {
+				lost = fmt.Sprintf(", after %d lost", i)
+			}
+			return rtt, lost, nil
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return 0, "", err
+}
+
 func demoLedger(l node.DirectionLedger) string {
-	return fmt.Sprintf("%d of %d packets, %d dropped", l.Delivered, l.Packets, l.Dropped)
+	text := fmt.Sprintf("%d of %d packets, %d dropped", l.Delivered, l.Packets, l.Dropped)
+	var reasons []string
+	for _, name := range slices.Sorted(maps.Keys(l.Drops)) {
+		if n := l.Drops[name]; n > 0 {
+			reasons = append(reasons, fmt.Sprintf("%s %d", name, n))
+		}
+	}
+	if reasons != nil {
+		text += " (" + strings.Join(reasons, ", ") + ")"
+	}
+	return text
 }
 
 // addr is the node's address on the overlay.
@@ -294,9 +352,22 @@ func (n *demoNode) pid() int {
 	return n.process.cmd.Process.Pid
 }
 
-// record writes down what `demo down` has to end, nodes before etcd.
-func (d *demo) record() error {
-	var r record
+// record writes down what `demo down` has to end, nodes before etcd, and what
+// the other commands have to know of the nodes.
+func (d *demo) record(overlays []*overlay) error {
+	r := record{Impaired: d.o.impair.Active()}
+	for _, o := range overlays {
+		for _, n := range o.nodes {
+			k := keptNode{
+				Name: n.name, Framing: o.framing.String(), Address: n.address, Dir: n.dir,
+				Process: n.process.Name, Args: n.args, Index: n.index, NetnsFD: etcdNetnsFD + n.index,
+			}
+			if n.container != nil {
+				k.Container = n.container.Name
+			}
+			r.Nodes = append(r.Nodes, k)
+		}
+	}
 	for i := len(d.processes) - 1; i >= 0; i-- {
 		p := d.processes[i]
 		select {
@@ -352,13 +423,18 @@ func advice() [][2]string {
 func (d *demo) keptAdvice(overlays []*overlay) [][2]string {
 	self := selfName()
 	a, b := overlays[0].nodes[0], overlays[0].nodes[1]
-	enter := fmt.Sprintf("nsenter -t %d -n", a.pid())
-	if _, inside := netns.OutsideUID(); inside {
-		enter = fmt.Sprintf("nsenter -t %d -U -n --preserve-credentials", a.pid())
+	run := func(command string) string {
+		before, after, _ := strings.Cut(downCommand(d.o.runDir), " down")
+		if name, rest, ok := strings.Cut(command, " -- "); ok {
+			return before + " " + name + after + " -- " + rest
+		}
+		return before + " " + command + after
 	}
 	return [][2]string{
-		{enter, "a shell in node n1; the others' pids are above"},
-		{enter + " ping " + b.addr().String(), "reach n2 over the overlay"},
+		{run("ssh n1"), "a shell in node n1"},
+		{run("ssh n1 -- ping " + b.addr().String()), "reach n2 over the overlay"},
+		{run("bench"), "measure between the nodes"},
+		{run("break n2 --kill"), "or --partition; and then: demo heal n2"},
 		{self + " status --state-dir " + a.dir, "what n1 knows about itself"},
 		{self + " peers --state-dir " + a.dir, "and about the others"},
 		{downCommand(d.o.runDir), "remove everything"},

@@ -19,6 +19,16 @@ func TestDemoUsage(t *testing.T) {
 		{[]string{"--nodes", "17"}, "--nodes 17: expected 2 to 16"},
 		{[]string{"--nodes", "two"}, "--nodes"},
 		{[]string{"--backend", "gre"}, `--backend "gre": expected udp, vxlan or both`},
+		{[]string{"--loss", "60%"}, "--loss \"60%\": expected at most 50%"},
+		{[]string{"--loss", "x"}, "--loss \"x\": expected a share"},
+		{[]string{"--reorder", "2"}, "--reorder \"2\": expected a share"},
+		{[]string{"--delay", "1s"}, "--delay 1s: expected 0s to 500ms"},
+		{[]string{"--mtu", "100"}, "--mtu 100: expected 576 to 9216 bytes"},
+		{[]string{"ssh"}, "expected a node such as n1"},
+		{[]string{"ssh", "n1", "ls"}, "a command after --"},
+		{[]string{"break", "n1"}, "expected one of --kill and --partition"},
+		{[]string{"break", "n1", "--kill", "--partition"}, "expected one of --kill and --partition"},
+		{[]string{"break", "n1", "--partition", "--backend", "udp"}, "the link is the same"},
 		{[]string{"up"}, `unknown command "up"`},
 		{[]string{"dwon"}, "did you mean: tweed demo down"},
 		{[]string{"down", "now"}, `"now": expected no argument`},
@@ -35,6 +45,14 @@ func TestDemoDownWithNothingRunning(t *testing.T) {
 	}
 	if _, err := os.Stat(dir); err == nil {
 		t.Error("the run directory was made")
+	}
+}
+
+func TestCommandsForAKeptDemoSayHowToKeepOne(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run")
+	for _, args := range [][]string{{"ssh", "n1"}, {"bench"}, {"break", "n1", "--kill"}, {"heal", "n1"}} {
+		o := inProcess(append(append([]string{"demo"}, args...), "--run-dir", dir)...)
+		oneErrorLine(t, o, exitFailed, "demo --keep --run-dir "+dir)
 	}
 }
 

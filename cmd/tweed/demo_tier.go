@@ -54,7 +54,7 @@ func (d *demo) contain(ctx context.Context, n *demoNode) error {
 	}
 	d.containers = append(d.containers, c)
 	n.ns = c
-	if n.container, err = d.serve(c, n.name+"-container", nil, holdArg); err != nil {
+	if n.container, err = d.serve(c, n.process.Name+"-container", nil, holdArg); err != nil {
 		return err
 	}
 	s, err := n.api.Attach(ctx, node.AttachRequest{PID: n.container.cmd.Process.Pid, Name: n.name, Tier: string(d.o.tier)})
