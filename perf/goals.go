@@ -29,6 +29,7 @@ var goals = []Goal{
 	{link: linkWire, load: "tcp4", metric: metricGbit, toKernel: true, floor: 0.60, goal: 0.90},
 	{link: linkWire, load: "udp64", metric: metricDelivered, toKernel: true, floor: 1.2, goal: 2},
 	{link: linkWire, load: "udp1300", metric: metricDelivered, toKernel: true, floor: 1, goal: 1.5},
+	{link: linkVirtual, load: "tcp1-captured", metric: metricCaptured, floor: 0.7, goal: 0.9},
 	{link: linkVirtual, load: "ping", metric: metricPingAdded, floor: 120, goal: 30, lower: true},
 	{link: linkVirtual, load: "idle", metric: metricRSS, floor: 64, goal: 32, lower: true},
 	{link: linkVirtual, load: "idle", metric: metricIdle, floor: 0.5, goal: 0.1, lower: true},

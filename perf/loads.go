@@ -38,12 +38,14 @@ type load struct {
 	// flows is the number of TCP or UDP flows, in each direction.
 	flows     int
 	direction direction
+	// captured means once with a capture and once without.
+	captured bool
 	// payload of a UDP datagram in bytes.
 	payload int
 }
 
 var (
-	tcpLoad = regexp.MustCompile(`^tcp(\d+)(-reverse|-both)?$`)
+	tcpLoad = regexp.MustCompile(`^tcp(\d+)(-reverse|-both|-captured)?$`)
 	udpLoad = regexp.MustCompile(`^udp(\d+)(?:x(\d+))?$`)
 )
 
@@ -84,6 +86,7 @@ func parseLoad(name string) (load, error) {
 		l.kind = loadTCP
 		l.flows = number(m[1], 1, maxFlows)
 		l.direction = map[string]direction{"": forward, "-reverse": reverse, "-both": both}[m[2]]
+		l.captured = m[2] == "-captured"
 	case udpLoad.MatchString(name):
 		m := udpLoad.FindStringSubmatch(name)
 		l.kind = loadUDP
@@ -95,7 +98,7 @@ func parseLoad(name string) (load, error) {
 		ok = false
 	}
 	if !ok {
-		return load{}, fmt.Errorf("--loads %q: expected tcpN, tcpN-reverse or tcpN-both (N flows, 1 to %d), "+
+		return load{}, fmt.Errorf("--loads %q: expected tcpN, tcpN-reverse, tcpN-both or tcpN-captured (N flows, 1 to %d), "+
 			"udpB or udpBxN (B bytes, %d to %d, N flows), ping or idle", name, maxFlows, minPayload, maxPayload)
 	}
 	return l, nil
@@ -112,6 +115,9 @@ func (l load) title() string {
 	}
 	switch l.kind {
 	case loadTCP:
+		if l.captured {
+			return "TCP " + flows + ", captured"
+		}
 		return "TCP " + flows + map[direction]string{forward: "", reverse: ", reverse", both: ", both ways"}[l.direction]
 	case loadUDP:
 		t := fmt.Sprintf("UDP %d B", l.payload)
@@ -191,6 +197,12 @@ func (l load) rows() []Row {
 	}
 	switch l.kind {
 	case loadTCP:
+		if l.captured {
+			share := traffic(metricCaptured, l.title()+" / without", "")
+			lost := cost(metricCaptureLost, l.title()+", lost by the capture", "%")
+			share.NoRatio, lost.NoRatio = true, true
+			return []Row{traffic(metricGbit, l.title(), "Gbit/s"), share, lost}
+		}
 		return []Row{
 			traffic(metricGbit, l.title(), "Gbit/s"),
 			cost(metricEngineGB, l.title()+", engines", "CPU s/GB"),

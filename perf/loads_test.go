@@ -7,7 +7,7 @@ import (
 )
 
 func TestParseLoads(t *testing.T) {
-	got, err := parseLoads("tcp1, tcp64-reverse,tcp4-both,udp64,udp1300x4,ping,idle,")
+	got, err := parseLoads("tcp1, tcp64-reverse,tcp4-both,tcp1-captured,udp64,udp1300x4,ping,idle,")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -15,6 +15,7 @@ func TestParseLoads(t *testing.T) {
 		{name: "tcp1", kind: loadTCP, flows: 1},
 		{name: "tcp64-reverse", kind: loadTCP, flows: 64, direction: reverse},
 		{name: "tcp4-both", kind: loadTCP, flows: 4, direction: both},
+		{name: "tcp1-captured", kind: loadTCP, flows: 1, captured: true},
 		{name: "udp64", kind: loadUDP, flows: 1, payload: 64},
 		{name: "udp1300x4", kind: loadUDP, flows: 4, payload: 1300},
 		{name: "ping", kind: loadPing, flows: 1},
@@ -37,6 +38,18 @@ func TestParseLoadsRefusesAndSaysWhatIsExpected(t *testing.T) {
 	}
 	if _, err := parseLoads("tcp1,tcp1"); err == nil {
 		t.Error("the same load twice was accepted")
+	}
+}
+
+func TestParseCaptureLoss(t *testing.T) {
+	got, err := parseCaptureLoss("capturing on tun-in of a\n3 packets captured\n4 packets received by filter\n1 packet dropped by capture\n")
+	if got != 25 || err != nil {
+		t.Errorf("%v, %v", got, err)
+	}
+	for _, text := range []string{"", "tweed: capture: the engine has gone", "0 packets received by filter\n0 packets dropped by capture\n"} {
+		if got, err := parseCaptureLoss(text); err == nil {
+			t.Errorf("%q: %v", text, got)
+		}
 	}
 }
 

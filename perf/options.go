@@ -45,7 +45,8 @@ result.md and chart.svg to perf/results/.
             tweed is both framings; tweed-vxlan@workers keeps every packet in user space,
             tweed-vxlan@tso at a rung as well (full, tso, none);
             tweed-b-udp and tweed-b-vxlan are the binary of --against
-  loads     tcpN, tcpN-reverse, tcpN-both (N flows); udpB, udpBxN (B bytes, N flows); ping; idle
+  loads     tcpN, tcpN-reverse, tcpN-both (N flows); tcpN-captured (with tweed capture of all points
+            to a file, and without, one after the other); udpB, udpBxN (B bytes, N flows); ping; idle
   links     virtual (veth as it is: super-packets cross whole), wire (veth that cuts
             super-packets to real frames and merges them on receipt), both
 

@@ -28,10 +28,10 @@ type bench struct {
 	// and port of etcd, commit the revision tweed was built from.
 	tweed, iperf3, etcd, commit string
 	// logs and prefixes count what needs names of its own.
-	logs, prefixes int
-	cleanup        []func()
-	progress       io.Writer
-	report         *Report
+	logs, prefixes, captures int
+	cleanup                  []func()
+	progress                 io.Writer
+	report                   *Report
 }
 
 // close ends what the run started and removes its files.
@@ -57,6 +57,9 @@ func (o *options) estimate() time.Duration {
 			once += time.Duration(o.pings)*pingInterval + settle
 		default:
 			once += time.Duration(o.seconds)*time.Second + 2*settle
+			if l.captured {
+				once += time.Duration(o.seconds)*time.Second + 2*settle
+			}
 		}
 	}
 	all := (once + perSubject) * time.Duration(len(o.subjects)*len(o.links)*o.rounds)
@@ -171,6 +174,9 @@ func (b *bench) bring(ctx context.Context, s chosen, round int, link string) (*o
 // measure runs one load on one subject and completes its sample.
 func (b *bench) measure(ctx context.Context, l load, o *overlay, s *Sample) {
 	values, err := b.tryMeasure(ctx, l, o)
+	if errors.Is(err, errNoCapture) {
+		return
+	}
 	if err != nil {
 		s.Discarded = err.Error()
 		return
@@ -187,6 +193,8 @@ func (b *bench) tryMeasure(ctx context.Context, l load, o *overlay) (map[string]
 	if l.kind == loadPing {
 		t.values, err = b.runPing(ctx, o)
 		t.packets = float64(b.opt.pings) * (1 - pingLossLimit)
+	} else if l.captured {
+		t, err = b.runCaptured(ctx, l, o)
 	} else {
 		t, err = b.runIperf3(ctx, l, o)
 	}

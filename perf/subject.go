@@ -42,6 +42,9 @@ type overlay struct {
 	// engines are the processes that carry packets, one for each side; none
 	// when the kernel does.
 	engines []*process
+	// capture is the program that captures on side 0, and its flags that choose
+	// the engine; none for subjects that cannot.
+	capture []string
 	// cleanup undoes what the end of the processes and of the pair does not.
 	cleanup []func()
 }

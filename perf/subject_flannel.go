@@ -83,6 +83,9 @@ func (t tweed) up(ctx context.Context, b *bench, p *pair, dir string) (*overlay,
 			"--iface", underlayDev, "--tun-name", o.dev[side], "--state-dir", state, "--subnet-file", subnetFile(dir, side),
 			"--iptables-forward-rules=false", "--log-level", "warn",
 		}
+		if side == 0 {
+			o.capture = []string{path, "--state-dir", state}
+		}
 		if t.rung != "" {
 			// A rung is about what the workers do.
 			args = append(args, "--accelerate", "off")
