@@ -60,6 +60,8 @@ func (r *runner) tryAccelerator() error {
 	switch {
 	case !r.cfg.Accelerate:
 		return fmt.Errorf("--accelerate off")
+	case r.cfg.Impair.Active():
+		return fmt.Errorf("--impair %s is for the packet workers to do", r.cfg.Impair)
 	case r.link == nil:
 		return fmt.Errorf("no TUN device of the host's own")
 	}

@@ -51,7 +51,8 @@ type Config struct {
 	// ones, for whoever asks later; 0 keeps none.
 	FlightRecorder int
 	// Impair treats what the node sends as a bad network would, for tests. Packets
-	// are single ones then, whatever Offload says, so that each has its own fate.
+	// are single ones then, whatever Offload says, so that each has its own fate,
+	// and the accelerator is off.
 	Impair impair.Spec
 	// AttachOnly leaves the host out of the overlay: no TUN device, no routes and
 	// no traffic rules, only attached containers. It needs no privilege at all.
