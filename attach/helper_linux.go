@@ -126,7 +126,7 @@ func explainRights(err error) error {
 func makeTUN(nl *netlink.Handle, l Link, a *answer) (*os.File, error) {
 	fd, err := unix.Open(cloneDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, explainDevice(err)
+		return nil, explainDevice(cloneDevice, err)
 	}
 	f := os.NewFile(uintptr(fd), cloneDevice)
 	ifr, err := unix.NewIfreq(l.Name)
@@ -170,28 +170,28 @@ func CheckDevice() *Verdict {
 	}
 	v := &Verdict{Tier: TierTUN, Why: err.Error()}
 	var no *tierError
-	if errors.As(explainDevice(err), &no) {
+	if errors.As(explainDevice(cloneDevice, err), &no) {
 		v.Why, v.Fix = no.err.Error(), no.fix
 	}
 	return v
 }
 
-// explainDevice says why /dev/net/tun cannot be opened.
-func explainDevice(err error) error {
+// explainDevice says why the device node at path cannot be opened.
+func explainDevice(path string, err error) error {
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
-		return &tierError{fmt.Errorf("there is no %s", cloneDevice), "sudo modprobe tun; in a container: --device " + cloneDevice}
+		return &tierError{fmt.Errorf("there is no %s", path), "sudo modprobe tun; in a container: --device " + path}
 	case errors.Is(err, unix.EACCES):
 		mode := "its mode"
-		if fi, serr := os.Stat(cloneDevice); serr == nil {
+		if fi, serr := os.Stat(path); serr == nil {
 			mode = fmt.Sprintf("its mode is %04o", fi.Mode().Perm())
 		}
-		return &tierError{fmt.Errorf("%s may not be opened (%s)", cloneDevice, mode),
-			"sudo chmod 0666 " + cloneDevice + "; harmless, making a device takes CAP_NET_ADMIN all the same"}
+		return &tierError{fmt.Errorf("%s may not be opened (%s)", path, mode),
+			"sudo chmod 0666 " + path + "; harmless, making a device takes CAP_NET_ADMIN all the same"}
 	case errors.Is(err, unix.EPERM):
-		return &tierError{fmt.Errorf("%s may not be opened (a container's device rule)", cloneDevice), "run the container with --device " + cloneDevice}
+		return &tierError{fmt.Errorf("%s may not be opened (a container's device rule)", path), "run the container with --device " + path}
 	}
-	return &tierError{fmt.Errorf("open %s: %w", cloneDevice, err), ""}
+	return &tierError{fmt.Errorf("open %s: %w", path, err), ""}
 }
 
 func taken(name string) error {

@@ -168,7 +168,7 @@ func (t *Target) joining(p *plan) {
 		p.must("join user namespace", "it was made by another user: run the engine as that user or as root",
 			unix.SYS_SETNS, t.user.Fd(), unix.CLONE_NEWUSER)
 	}
-	p.must("join network namespace", "CAP_SYS_ADMIN over it is missing: "+appArmorAdvice, unix.SYS_SETNS, t.net.file.Fd(), unix.CLONE_NEWNET)
+	p.must("join network namespace", "CAP_SYS_ADMIN over it is missing: "+hostGates().withheld(), unix.SYS_SETNS, t.net.file.Fd(), unix.CLONE_NEWNET)
 }
 
 // start clones. Signals are blocked around it, so that no handler of the Go

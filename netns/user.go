@@ -68,7 +68,7 @@ func Elevate() (done bool, status int, err error) {
 func EnterUserNamespace() (done bool, status int, err error) {
 	if _, inside := OutsideUID(); inside {
 		if missing := CheckPrivileges(); missing != nil {
-			return true, 1, fmt.Errorf("%w inside the new user namespace: %s", missing, appArmorAdvice)
+			return true, 1, fmt.Errorf("%w inside the new user namespace: %s", missing, hostGates().withheld())
 		}
 		return false, 0, loopbackUp()
 	}
@@ -112,24 +112,4 @@ func EnterUserNamespace() (done bool, status int, err error) {
 		return true, 128 + int(ws.Signal()), nil
 	}
 	return true, ws.ExitStatus(), nil
-}
-
-const appArmorAdvice = "AppArmor restricts unprivileged user namespaces here (kernel.apparmor_restrict_unprivileged_userns): " +
-	"run as root, or `sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`"
-
-// explainUser says which of the usual gates closed a user namespace to us.
-func explainUser(err error) error {
-	advice := "run as root"
-	switch {
-	case errors.Is(err, unix.ENOSPC):
-		advice = "user.max_user_namespaces is used up or 0: run as root, or `sudo sysctl -w user.max_user_namespaces=16384`"
-	case errors.Is(err, unix.EACCES):
-		advice = appArmorAdvice
-	case errors.Is(err, unix.EPERM):
-		advice = "unprivileged user namespaces are forbidden (a container's seccomp profile, or kernel.unprivileged_userns_clone=0): " +
-			"run as root, or `sudo sysctl -w kernel.unprivileged_userns_clone=1`"
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS):
-		advice = "this kernel has no user namespaces (CONFIG_USER_NS): run as root"
-	}
-	return fmt.Errorf("netns: user namespace: %w: %s", err, advice)
 }
