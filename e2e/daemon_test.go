@@ -52,6 +52,9 @@ func (w *world) start(i int, flags ...string) *daemon {
 // prepare makes everything of a daemon but the process.
 func (w *world) prepare(i int, flags ...string) *daemon {
 	w.t.Helper()
+	if !slices.Contains(flags, "--attach-only") {
+		needTUN(w.t)
+	}
 	name := fmt.Sprintf("n%d", i+1)
 	e := &daemon{w: w, i: i, name: name, ns: w.lan.Nodes[i], dir: filepath.Join(w.dir, name)}
 	e.argv = []string{tweedBin, "up", "--etcd-endpoints", w.endpoint(), "--state-dir", e.dir,
