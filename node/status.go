@@ -208,8 +208,10 @@ type DirectionLedger struct {
 	DeliveredBytes uint64            `json:"delivered_bytes"`
 	Dropped        uint64            `json:"dropped"`
 	Drops          map[string]uint64 `json:"drops"`
-	// Accelerated is how many of Packets were carried inside the kernel.
-	Accelerated uint64 `json:"accelerated"`
+	// Accelerated and AcceleratedBytes are the part of Packets and Bytes that was
+	// carried inside the kernel.
+	Accelerated      uint64 `json:"accelerated"`
+	AcceleratedBytes uint64 `json:"accelerated_bytes"`
 }
 
 // LeaseCounters count what the control plane saw; the fields are explained at

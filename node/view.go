@@ -112,7 +112,8 @@ func ledgerOf(st engine.Stats) Ledger {
 		ICMPSent: st.ICMPSent, ICMPLimited: st.ICMPLimited,
 		SocketDropped: st.SocketDropped,
 	}
-	l.Tx.Accelerated, l.Rx.Accelerated = st.BypassTx.Packets, st.BypassRx.Packets
+	l.Tx.Accelerated, l.Tx.AcceleratedBytes = st.BypassTx.Packets, st.BypassTx.Bytes
+	l.Rx.Accelerated, l.Rx.AcceleratedBytes = st.BypassRx.Packets, st.BypassRx.Bytes
 	return l
 }
 

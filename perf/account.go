@@ -36,6 +36,13 @@ func (o *overlay) read() (reading, error) {
 				return r, err
 			}
 		}
+		if o.past != nil {
+			c, err := o.past(side)
+			if err != nil {
+				return r, err
+			}
+			r.dev[side] = r.dev[side].plus(c)
+		}
 		if o.pair.link == linkMachine {
 			continue
 		}
@@ -76,6 +83,13 @@ func (r reading) since(earlier reading) spent {
 		u.link[side] = r.link[side].since(earlier.link[side])
 	}
 	return u
+}
+
+func (c counters) plus(d counters) counters {
+	return counters{
+		txPackets: c.txPackets + d.txPackets, txBytes: c.txBytes + d.txBytes,
+		rxPackets: c.rxPackets + d.rxPackets, rxBytes: c.rxBytes + d.rxBytes,
+	}
 }
 
 func (c counters) since(earlier counters) counters {

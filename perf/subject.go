@@ -39,6 +39,9 @@ type overlay struct {
 	// way is how connections get from side 0 to side 1 where that is not simply
 	// from address to address. Sides without a device have an empty dev.
 	way *way
+	// past counts what does not show in dev because the kernel carries it past
+	// the device; nil when everything shows.
+	past func(side int) (counters, error)
 	// engines are the processes that carry packets, one for each side; none
 	// when the kernel does.
 	engines []*process

@@ -13,6 +13,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"tweed/node"
 	"tweed/tun"
 )
 
@@ -97,7 +98,27 @@ func (t tweed) up(ctx context.Context, b *bench, p *pair, dir string) (*overlay,
 			return o, err
 		}
 	}
+	o.past = func(side int) (counters, error) {
+		return accelerated(filepath.Join(dir, strconv.Itoa(side), "api.sock"))
+	}
 	return o, o.waitSubnets(ctx, dir)
+}
+
+// accelerated asks an engine what its accelerator carried past the device.
+func accelerated(socket string) (counters, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), answerLimit)
+	defer cancel()
+	c := node.Dial(socket)
+	defer c.Close()
+	s, err := c.Status(ctx)
+	if err != nil {
+		return counters{}, err
+	}
+	tx, rx := s.Ledger.Tx, s.Ledger.Rx
+	return counters{
+		txPackets: float64(tx.Accelerated), txBytes: float64(tx.AcceleratedBytes),
+		rxPackets: float64(rx.Accelerated), rxBytes: float64(rx.AcceleratedBytes),
+	}, nil
 }
 
 // flanneld is flannel's own daemon with its udp backend. Its vxlan backend is
