@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -60,7 +61,8 @@ type captureRun struct {
 	taken uint64
 	ended bool // nothing is written any more
 	err   error
-	told  bool // a signal ended it
+	told  bool        // a signal ended it
+	cut   atomic.Bool // a second one did not wait for the engine
 }
 
 // stepBack lowers the priority of all threads of this process.
@@ -111,6 +113,9 @@ func (c *captureRun) run(ctx context.Context, api *node.Client) (capture.Stats, 
 	}
 	if err := c.sink.finish(&s.Stats); c.err == nil {
 		c.err = err
+	}
+	if c.err == nil && c.cut.Load() && !s.Complete {
+		c.err = errors.New("capture: ended at once by a second signal; what came up to then is there, without the final counters")
 	}
 	if c.err == nil && !s.Complete && !c.ended {
 		c.err = fmt.Errorf("capture: the engine has gone (%w); everything up to then is there", rerr)
@@ -173,6 +178,7 @@ func (c *captureRun) watch(end, closeNow func(), done chan struct{}) {
 			end()
 		case <-c.signals:
 			if c.told {
+				c.cut.Store(true)
 				closeNow()
 			}
 			c.told = true
