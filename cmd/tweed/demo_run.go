@@ -344,14 +344,6 @@ func demoLedger(l node.DirectionLedger) string {
 // addr is the node's address on the overlay.
 func (n *demoNode) addr() netip.Addr { return n.address }
 
-// pid is a process where addr is.
-func (n *demoNode) pid() int {
-	if n.container != nil {
-		return n.container.cmd.Process.Pid
-	}
-	return n.process.cmd.Process.Pid
-}
-
 // record writes down what `demo down` has to end, nodes before etcd, and what
 // the other commands have to know of the nodes.
 func (d *demo) record(overlays []*overlay) error {
