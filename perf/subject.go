@@ -64,7 +64,8 @@ func (o *overlay) running() error {
 
 // down stops the engines and removes the pair.
 func (o *overlay) down() {
-	for _, e := range o.engines {
+	// The last first: a proxy whose engine has gone would start another one.
+	for _, e := range slices.Backward(o.engines) {
 		e.stop(stopGrace)
 	}
 	for _, f := range o.cleanup {
