@@ -309,10 +309,51 @@ func TestRunPassesTheStatusOnAndLeavesNothing(t *testing.T) {
 		if after := traces(t, w.lan.Nodes[0]); !slices.Equal(after, before) {
 			t.Errorf("%q left something behind: %q", c.command, after)
 		}
+		if left := enginesOf(t, filepath.Join(dir, "state")); left != nil {
+			t.Errorf("%q left engines behind: %v", c.command, left)
+		}
 	}
-	if left, err := filepath.Glob(filepath.Join(dir, "state", "api.sock")); err != nil || len(left) != 0 {
-		t.Errorf("an engine is left: %q, %v", left, err)
+}
+
+// TestEngineStartedForACommandEndsWithoutEtcd: the command that started it was
+// killed, so nobody ever attaches, and there is no overlay.
+func TestEngineStartedForACommandEndsWithoutEtcd(t *testing.T) {
+	w := newUnderlay(t, 1)
+	state := filepath.Join(w.dir, "state")
+	p := w.launch(w.lan.Nodes[0], "proxy", tweedBin, "proxy", "--etcd-endpoints", w.endpoint(), "--iface", netns.LANInterface,
+		"--state-dir", state, "--socks5", "127.0.0.1:0")
+	socket := filepath.Join(state, "api.sock")
+	w.await("the engine waits for etcd", func() bool {
+		api := node.Dial(socket)
+		defer api.Close()
+		s, err := api.Status(t.Context())
+		return err == nil && s.Phase == node.PhaseWaiting
+	})
+	if n := len(enginesOf(t, state)); n != 1 {
+		t.Fatalf("%d engines, want 1", n)
 	}
+	p.end(unix.SIGKILL)
+	w.await("the engine ends", func() bool { return enginesOf(t, state) == nil })
+	if _, err := os.Stat(socket); !os.IsNotExist(err) {
+		t.Errorf("%s is left: %v", socket, err)
+	}
+}
+
+// enginesOf are the processes that run an engine with a state directory.
+func enginesOf(t *testing.T, dir string) (pids []string) {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range all {
+		b, err := os.ReadFile(file) // empty of one that has ended
+		argv := strings.Split(string(b), "\x00")
+		if err == nil && slices.Contains(argv, "up") && slices.Contains(argv, "--state-dir="+dir) {
+			pids = append(pids, filepath.Base(filepath.Dir(file)))
+		}
+	}
+	return pids
 }
 
 // TestAttachingAgainAndAgainLeaksNothing attaches and detaches one container,

@@ -21,11 +21,12 @@ import (
 const (
 	// enginePatience is how long run waits for an engine it started to forward.
 	enginePatience = 30 * time.Second
-	// idleTime is how long an engine started by run waits for the first
-	// attachment.
-	idleTime = 30 * time.Second
+	// idleTime is how long an engine started by run waits for the overlay, and
+	// then for the first attachment. It is longer than enginePatience, so that
+	// who waits for it is told what it waits for.
+	idleTime = 40 * time.Second
 	// goneTime is how long run waits for it to end after the last one.
-	goneTime = 5 * time.Second
+	goneTime = 30 * time.Second
 	// attachTries bounds how often an engine that ends while it is being asked
 	// is started again.
 	attachTries = 3
@@ -190,9 +191,27 @@ func (e *engineProcess) close() {
 		// itself, and a signal on its way out would kill it.
 		_ = e.own.Process.Signal(syscall.SIGTERM)
 	}
-	select {
-	case <-e.done:
-	case <-time.After(goneTime):
+	e.awaitEnd()
+}
+
+// awaitEnd waits until the engine has ended: who looks at the processes after
+// the command finds none of ours. Somebody else may attach to it meanwhile.
+func (e *engineProcess) awaitEnd() {
+	late := time.After(goneTime)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-e.done:
+			return
+		case <-late:
+			fmt.Fprintf(e.cmd.ErrOrStderr(), "tweed: run: the engine, pid %d, still runs %s after it was last used\n", e.own.Process.Pid, goneTime)
+			return
+		case <-tick.C:
+			if a, err := e.api.Attachments(context.Background()); err == nil && !onlyEnded(a) {
+				return
+			}
+		}
 	}
 }
 
@@ -210,20 +229,18 @@ func onlyEnded(a node.AttachmentsAnswer) bool {
 }
 
 // endWhenIdle ends an engine of run: when the last attachment has gone, or
-// when none comes.
+// when none comes, be there an overlay or not.
 func endWhenIdle(ctx context.Context, n *node.Node, end func()) {
-	select {
-	case <-ctx.Done():
-		return
-	case <-n.Ready():
-	}
-	began, used := time.Now(), false
+	starter, idle := os.Getppid(), idleEngine{since: time.Now()}
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		count := len(n.Attachments())
-		used = used || count > 0
-		if count == 0 && (used || time.Since(began) > idleTime) {
+		select {
+		case <-n.Ready():
+			idle.joins(time.Now())
+		default:
+		}
+		if idle.over(time.Now(), len(n.Attachments()), os.Getppid() == starter) {
 			end()
 			return
 		}
@@ -233,4 +250,25 @@ func endWhenIdle(ctx context.Context, n *node.Node, end func()) {
 		case <-tick.C:
 		}
 	}
+}
+
+// idleEngine knows when an engine of run has nobody left to serve.
+type idleEngine struct {
+	since        time.Time // the start, or when it began to forward
+	joined, used bool
+}
+
+// joins is called once the engine forwards: who waited for that attaches now.
+func (i *idleEngine) joins(now time.Time) {
+	if !i.joined {
+		i.joined, i.since = true, now
+	}
+}
+
+// over decides from the number of attachments and from whether the command
+// that started the engine still runs. One that finds the engine in its last
+// moment starts another.
+func (i *idleEngine) over(now time.Time, attached int, starter bool) bool {
+	i.used = i.used || attached > 0
+	return attached == 0 && (i.used || !starter || now.Sub(i.since) > idleTime)
 }
