@@ -68,6 +68,7 @@ type attachments struct {
 	plane plane
 	all   map[string]*attachment
 	last  netip.Addr // given away last
+	ever  int        // how many were attached by request since the start
 	// lost says what an earlier run's attachments became that could not be
 	// taken back.
 	lost []string
@@ -256,6 +257,7 @@ func (a *attachments) attach(ctx context.Context, r AttachRequest) (AttachmentSt
 	a.log.Info("container attached", "name", t.Name, "target", t.what(), "address", t.Addr, "interface", t.IfName, "tier", t.made.Tier)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.ever++
 	return t.status(), nil
 }
 

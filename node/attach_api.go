@@ -85,6 +85,19 @@ func (n *Node) Attachments() []AttachmentStatus {
 	return list
 }
 
+// Attached is how many containers and programs are connected now, and how many
+// were attached by request since the start. One that lived for a moment is
+// found in the second figure only. It may be called at any time.
+func (n *Node) Attached() (now, ever int) {
+	a := n.attached.Load()
+	if a == nil {
+		return 0, 0
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.all), a.ever
+}
+
 // attachHandlers adds the calls of attachments to the API.
 func (n *Node) attachHandlers(mux *http.ServeMux) {
 	mux.HandleFunc("GET /v1/attachments", func(w http.ResponseWriter, _ *http.Request) {

@@ -240,7 +240,8 @@ func endWhenIdle(ctx context.Context, n *node.Node, end func()) {
 			idle.joins(time.Now())
 		default:
 		}
-		if idle.over(time.Now(), len(n.Attachments()), os.Getppid() == starter) {
+		attached, ever := n.Attached()
+		if idle.over(time.Now(), attached, ever > 0, os.Getppid() == starter) {
 			end()
 			return
 		}
@@ -265,10 +266,10 @@ func (i *idleEngine) joins(now time.Time) {
 	}
 }
 
-// over decides from the number of attachments and from whether the command
-// that started the engine still runs. One that finds the engine in its last
-// moment starts another.
-func (i *idleEngine) over(now time.Time, attached int, starter bool) bool {
-	i.used = i.used || attached > 0
+// over decides from the number of attachments, whether there were any that a
+// look like this has missed, and whether the command that started the engine
+// still runs. One that finds the engine in its last moment starts another.
+func (i *idleEngine) over(now time.Time, attached int, used, starter bool) bool {
+	i.used = i.used || used || attached > 0
 	return attached == 0 && (i.used || !starter || now.Sub(i.since) > idleTime)
 }
