@@ -26,6 +26,8 @@ type container struct {
 	*process
 	host
 	engine *daemon
+	pid    int    // of its first process
+	kill   func() // ends it with SIGKILL
 }
 
 // asOrdinaryUser is what to put before a command so that it has no privilege.
@@ -73,18 +75,19 @@ func newContainer(w *world, i int, name string) *container {
 	w.t.Helper()
 	where := w.lan.Nodes[i]
 	c := &container{process: w.launch(where, name, append(asOrdinaryUser(), "unshare", "-Urn", "sleep", "600")...)}
+	c.pid, c.kill = c.cmd.Process.Pid, func() { c.end(unix.SIGKILL) }
 	outer, err := where.ID()
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	w.await(name+" has its namespace", func() bool {
-		ns, err := netns.OfProcess(c.cmd.Process.Pid)
+		ns, err := netns.OfProcess(c.pid)
 		if err != nil {
 			return false
 		}
 		id, err := ns.ID()
 		// unshare runs sleep only after its namespaces are complete.
-		cmdline, rerr := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", c.cmd.Process.Pid))
+		cmdline, rerr := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", c.pid))
 		if err != nil || rerr != nil || id == outer || !strings.HasPrefix(string(cmdline), "sleep") {
 			ns.Close()
 			return false
@@ -99,7 +102,7 @@ func newContainer(w *world, i int, name string) *container {
 // attach attaches the container with the command.
 func (c *container) attach(t *testing.T, e *daemon, flags ...string) {
 	t.Helper()
-	status, _, stderr := run(t, tweedBin, append([]string{"attach", "--socket", e.api.Path(), "--pid", fmt.Sprint(c.cmd.Process.Pid), "--name", c.host.name}, flags...)...)
+	status, _, stderr := run(t, tweedBin, append([]string{"attach", "--socket", e.api.Path(), "--pid", fmt.Sprint(c.pid), "--name", c.host.name}, flags...)...)
 	if status != 0 {
 		t.Fatalf("attach %s: %s", c.host.name, stderr)
 	}
@@ -185,7 +188,7 @@ func tunForEverybody() bool {
 // refusedTUN checks what an ordinary user is told where the node is closed.
 func refusedTUN(t *testing.T, c *container, e *daemon) {
 	t.Helper()
-	status, _, stderr := run(t, tweedBin, "attach", "--socket", e.api.Path(), "--pid", fmt.Sprint(c.cmd.Process.Pid), "--tier", "tun")
+	status, _, stderr := run(t, tweedBin, "attach", "--socket", e.api.Path(), "--pid", fmt.Sprint(c.pid), "--tier", "tun")
 	if status != 1 || !strings.Contains(stderr, "chmod 0666 /dev/net/tun") || strings.Count(stderr, "\n") != 1 {
 		t.Errorf("--tier tun with a closed device node: status %d, %q", status, stderr)
 	}
@@ -222,7 +225,7 @@ func TestAttachmentsEndWithTheirContainers(t *testing.T) {
 	stays := newContainer(w, 0, "stays")
 	stays.attach(t, e)
 
-	second := []string{"attach", "--socket", e.api.Path(), "--pid", fmt.Sprint(stays.cmd.Process.Pid), "--name", "again"}
+	second := []string{"attach", "--socket", e.api.Path(), "--pid", fmt.Sprint(stays.pid), "--name", "again"}
 	if status, _, stderr := run(t, tweedBin, second...); status != 1 || !strings.Contains(stderr, "tweed detach stays") {
 		t.Errorf("second attach: status %d, %q", status, stderr)
 	}
@@ -236,7 +239,7 @@ func TestAttachmentsEndWithTheirContainers(t *testing.T) {
 		}
 		seen[c.addr] = true
 		assertPing(t, stays.host, c.host, 56)
-		c.signal(unix.SIGKILL)
+		c.kill()
 		w.await("the engine lets go", func() bool { return len(attached(t, e)) == 1 })
 	}
 	// Only what is attached is taken: the released addresses can be asked for.
@@ -271,7 +274,7 @@ func TestContainersAreTakenBackAfterACrash(t *testing.T) {
 	w.await("no stale interface", func() bool {
 		return !slices.ContainsFunc(traces(t, here.ns), func(s string) bool { return strings.Contains(s, node.DefaultIfName) })
 	})
-	dies.end(unix.SIGKILL)
+	dies.kill()
 	a.again()
 	a.await("taken back", func(s node.Status) bool {
 		return len(s.Attachments) == 1 && s.Attachments[0].State == "up" && s.Attachments[0].Addr == here.addr
@@ -296,6 +299,7 @@ func TestRunPassesTheStatusOnAndLeavesNothing(t *testing.T) {
 	}{
 		{[]string{"sh", "-c", "cat /proc/net/route /proc/net/dev; exit 7"}, 7, node.DefaultIfName},
 		{[]string{"sh", "-c", "kill -USR1 $$"}, 128 + int(unix.SIGUSR1), ""},
+		{[]string{"true"}, 0, ""}, // over before its engine looks
 		{[]string{"/no/such/command"}, 127, "no such command"},
 		{[]string{"/etc/passwd"}, 126, "permission denied"},
 	} {
@@ -367,7 +371,7 @@ func TestAttachingAgainAndAgainLeaksNothing(t *testing.T) {
 	cycle := func(n int) {
 		for range n {
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			s, err := e.api.Attach(ctx, node.AttachRequest{PID: c.cmd.Process.Pid, Tier: "veth"})
+			s, err := e.api.Attach(ctx, node.AttachRequest{PID: c.pid, Tier: "veth"})
 			if err == nil {
 				err = e.api.Detach(ctx, s.Name)
 			}
