@@ -440,3 +440,25 @@ func TestDemoWithoutPrivilege(t *testing.T) {
 		})
 	}
 }
+
+// TestDemoInsideAUserNamespace: its root has all capabilities, but the network
+// is still the host's, and it may be forbidden to make more user namespaces.
+func TestDemoInsideAUserNamespace(t *testing.T) {
+	needTool(t, "setpriv", "unshare")
+	for name, c := range map[string]struct{ before, want string }{
+		"more are allowed": {"true", "underlay"},
+		"none is allowed":  {"echo 0 >/proc/sys/user/max_user_namespaces", "user.max_user_namespaces is 0"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newUnderlay(t, 1)
+			dir := filepath.Join(w.dir, "home")
+			forOrdinaryUser(t, dir)
+			p := w.launch(nil, "demo", append(asOrdinaryUser(), "env", "HOME="+dir, "TMPDIR="+dir, "XDG_RUNTIME_DIR="+dir,
+				"unshare", "-Ur", "sh", "-c", c.before+`&& exec "$0" demo --backend udp --run-dir "$1"`, tweedBin, filepath.Join(dir, "run"))...)
+			status := p.wait()
+			if out := p.output(); status != 0 || !strings.Contains(out, c.want) || strings.Count(out, "sha256 equal") != 2 {
+				t.Errorf("status %d: %s", status, out)
+			}
+		})
+	}
+}

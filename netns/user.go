@@ -18,9 +18,10 @@ import (
 // Its value is the uid outside.
 const elevated = "TWEED_USERNS_OF"
 
-// CheckPrivileges returns nil if the process may make network namespaces and
-// configure them: it has CAP_SYS_ADMIN and CAP_NET_ADMIN, as root or as root of
-// a user namespace.
+// CheckPrivileges returns nil if the process may make network namespaces,
+// configure them and come back to its own: it has CAP_SYS_ADMIN and
+// CAP_NET_ADMIN, as root or as root of a user namespace that its network
+// namespace belongs to.
 func CheckPrivileges() error {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -38,6 +39,22 @@ func CheckPrivileges() error {
 	}
 	if missing != nil {
 		return fmt.Errorf("netns: no %s", strings.Join(missing, " and "))
+	}
+	return mayComeBack()
+}
+
+// mayComeBack enters the namespace the thread is in, which changes nothing but
+// is refused to root of a user namespace that has kept its host's network.
+func mayComeBack() error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	home, err := Current()
+	if err != nil {
+		return err
+	}
+	defer home.Close()
+	if err := home.join(); err != nil {
+		return fmt.Errorf("the network namespace belongs to another user namespace: %w", err)
 	}
 	return nil
 }
