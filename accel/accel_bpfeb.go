@@ -27,15 +27,20 @@ type accelConfig struct {
 	UdpSource    uint16
 	VxlanSources [4]uint16
 	Mac          [6]uint8
+	Pad          [2]uint8
+	_            [2]byte
+	Snap         uint32
 }
 
 type accelCounters struct {
-	_             structs.HostLayout
-	Sent          uint64
-	SentBytes     uint64
-	Failed        uint64
-	Received      uint64
-	ReceivedBytes uint64
+	_              structs.HostLayout
+	Sent           uint64
+	SentBytes      uint64
+	Failed         uint64
+	Received       uint64
+	ReceivedBytes  uint64
+	UnseenSent     uint64
+	UnseenReceived uint64
 }
 
 type accelKey struct {
@@ -57,6 +62,22 @@ type accelPeer struct {
 	Bulk    uint64
 }
 
+type accelSample struct {
+	_         structs.HostLayout
+	Time      uint64
+	Length    uint32
+	Stored    uint32
+	Peer      uint32
+	Local     uint32
+	PeerPort  uint16
+	LocalPort uint16
+	Gso       uint16
+	Prefix    uint8
+	Receive   uint8
+	Ecn       uint8
+	Pad       [7]uint8
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -64,8 +85,10 @@ const (
 	accelMapConfigs  = "configs"
 	accelMapCounted  = "counted"
 	accelMapPeers    = "peers"
+	accelMapTaps     = "taps"
 	accelProgReceive = "receive"
 	accelProgSend    = "send"
+	accelVarUnused   = "unused"
 )
 
 // loadAccel returns the embedded CollectionSpec for accel.
@@ -121,12 +144,14 @@ type accelMapSpecs struct {
 	Configs *ebpf.MapSpec `ebpf:"configs"`
 	Counted *ebpf.MapSpec `ebpf:"counted"`
 	Peers   *ebpf.MapSpec `ebpf:"peers"`
+	Taps    *ebpf.MapSpec `ebpf:"taps"`
 }
 
 // accelVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type accelVariableSpecs struct {
+	Unused *ebpf.VariableSpec `ebpf:"unused"`
 }
 
 // accelObjects contains all objects after they have been loaded into the kernel.
@@ -152,6 +177,7 @@ type accelMaps struct {
 	Configs *ebpf.Map `ebpf:"configs"`
 	Counted *ebpf.Map `ebpf:"counted"`
 	Peers   *ebpf.Map `ebpf:"peers"`
+	Taps    *ebpf.Map `ebpf:"taps"`
 }
 
 func (m *accelMaps) Close() error {
@@ -159,6 +185,7 @@ func (m *accelMaps) Close() error {
 		m.Configs,
 		m.Counted,
 		m.Peers,
+		m.Taps,
 	)
 }
 
@@ -166,6 +193,7 @@ func (m *accelMaps) Close() error {
 //
 // It can be passed to loadAccelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type accelVariables struct {
+	Unused *ebpf.Variable `ebpf:"unused"`
 }
 
 // accelPrograms contains all programs after they have been loaded into the kernel.

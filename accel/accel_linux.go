@@ -60,6 +60,9 @@ type Accelerator struct {
 	duty   engine.Duty
 	holds  []string
 	config accelConfig // as last written
+	// watched is the observation that runs, nil without one, and snap what it wants.
+	watched *observation
+	snap    uint32
 	// lost is the TUN's count of packets dropped before delivery when we came.
 	lost   uint64
 	failed error // of the last write to a map
@@ -123,6 +126,7 @@ func explain(what string, err error) error {
 func (a *Accelerator) Close() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.unobserve()
 	var errs []error
 	for _, l := range a.links {
 		errs = append(errs, l.Close())

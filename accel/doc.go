@@ -18,4 +18,4 @@
 // with the process that attached them, however it ends.
 package accel
 
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -target bpfel,bpfeb -cflags "-O2 -g -Wall -Werror -Wno-address-of-packed-member -I/usr/include/x86_64-linux-gnu" -type config -type peer -type key -type counters accel bpf/accel.c
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -target bpfel,bpfeb -cflags "-O2 -g -Wall -Werror -Wno-address-of-packed-member -I/usr/include/x86_64-linux-gnu" -type config -type peer -type key -type counters -type sample accel bpf/accel.c

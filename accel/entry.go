@@ -75,6 +75,7 @@ func (a *Accelerator) configFor() accelConfig {
 	for i, p := range a.cfg.Sources.VXLAN {
 		c.VxlanSources[i] = native16(p)
 	}
+	c.Snap = a.snap
 	if a.cfg.Whole {
 		c.Flags |= flagWhole
 	}

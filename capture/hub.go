@@ -233,7 +233,7 @@ func (h *Hub) drain(limit int) int {
 				oldest = i
 			}
 		}
-		if oldest < 0 {
+		if oldest < 0 || h.early(heads[oldest].Time) {
 			return n
 		}
 		for s := range h.sessions {
@@ -243,6 +243,17 @@ func (h *Hub) drain(limit int) int {
 		full[oldest] = false
 	}
 	return limit
+}
+
+// early reports whether a ring that is empty may still get a record from before
+// the moment.
+func (h *Hub) early(ns int64) bool {
+	for i, r := range h.set.Rings() {
+		if !h.full[i] && r.Horizon() < ns {
+			return true
+		}
+	}
+	return false
 }
 
 // tellLost tells the sessions what the rings have lost since the last time.

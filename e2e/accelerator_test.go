@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -66,10 +65,6 @@ func TestAcceleratorStepsBack(t *testing.T) {
 		reason string
 		begin  func() (end func())
 	}{
-		{"capture", func() func() {
-			p := w.launch(a.ns, "capture", tweedBin, "capture", "--state-dir", a.dir, "-w", filepath.Join(w.dir, "x.pcapng"))
-			return func() { p.end(unix.SIGINT) }
-		}},
 		{"promiscuous", func() func() {
 			setPromisc(t, a, true)
 			return func() { setPromisc(t, a, false) }

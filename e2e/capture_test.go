@@ -192,11 +192,15 @@ func sum(counts [tap.NumPoints]uint64) (n uint64) {
 
 // TestCaptureAccountsForBulkTraffic: what is not in the file has been counted.
 func TestCaptureAccountsForBulkTraffic(t *testing.T) {
+	for _, accelerate := range []string{"auto", "off"} {
+		t.Run("accelerate "+accelerate, func(t *testing.T) { testBulkCapture(t, accelerate) })
+	}
+}
+
+func testBulkCapture(t *testing.T, accelerate string) {
 	w := newWorld(t, 2)
 	w.config(vxlanConfig)
-	// What an accelerator sends over a virtual link arrives as super-packets, each
-	// one packet to the receiver: there would be nothing to merge.
-	a, b := w.up(0), w.up(1, "--accelerate", "off")
+	a, b := w.up(0, "--accelerate", accelerate), w.up(1, "--accelerate", accelerate)
 	awaitPeers(1, a, b)
 	file := filepath.Join(w.dir, "bulk.pcapng")
 	before := assertBalance(t, a)
@@ -209,6 +213,7 @@ func TestCaptureAccountsForBulkTraffic(t *testing.T) {
 		}
 	}
 	want := taken(before, assertBalance(t, a))
+	assertCarriedBy(t, accelerate, a, b) // a capture changes nothing about the way
 	assertSuperPackets(t, d, supers, want)
 	f := readCapture(t, file)
 	for p := range tap.NumPoints {

@@ -1,6 +1,12 @@
 package engine
 
-import "tweed/engine/table"
+import (
+	"math"
+	"time"
+
+	"tweed/engine/table"
+	"tweed/engine/tap"
+)
 
 // Bypass carries packets past the workers, inside the kernel. The workers see
 // only what it does not take, and nothing while it is off duty. The engine
@@ -13,6 +19,11 @@ type Bypass interface {
 	Follow(local table.Local, peers []table.Peer)
 	// SetDuty says what may be carried. When it returns, nothing else is.
 	SetDuty(Duty)
+	// Observe makes it show every packet it carries, with the first snap bytes
+	// behind the outer UDP header, until it is called with nil: then it returns
+	// after the last packet has been shown or counted as missed. On an error
+	// nothing is shown.
+	Observe(o Observer, snap int) error
 	// Traffic returns what was carried since the beginning. Each direction adds up.
 	Traffic() (tx, rx Direction)
 }
@@ -49,6 +60,7 @@ func (e *Engine) SetBypass(b Bypass) {
 	e.apply.Lock()
 	defer e.apply.Unlock()
 	if e.bypass != nil {
+		e.watchBypass(nil)
 		e.bypass.SetDuty(Duty{Why: "replaced"})
 		tx, rx := e.bypass.Traffic()
 		e.bypassed[0].add(&tx)
@@ -59,9 +71,32 @@ func (e *Engine) SetBypass(b Bypass) {
 		return
 	}
 	v := e.view.Load()
+	e.watchBypass(e.tap.Load())
 	e.setDuty(v)
 	if v.table != nil {
 		b.Follow(v.snapshot.Local, v.snapshot.Peers)
+	}
+}
+
+// watchBypass makes the bypass put what it carries into the last ring of the
+// set, or nowhere. One that cannot do that is taken off duty, so that no packet
+// escapes a capture.
+func (e *Engine) watchBypass(s *tap.Set) {
+	if e.bypass == nil {
+		return
+	}
+	e.blind = ""
+	if s == nil {
+		_ = e.bypass.Observe(nil, 0)
+		return
+	}
+	last := len(s.Rings()) - 1
+	ring := s.Ring(last)
+	ring.SetHorizon(time.Now().UnixNano())
+	if err := e.bypass.Observe(&observer{worker: last, ring: ring}, s.Snap); err != nil {
+		ring.SetHorizon(math.MaxInt64)
+		e.blind = "a capture needs every packet in the workers: " + err.Error()
+		e.setDuty(e.view.Load())
 	}
 }
 
@@ -72,8 +107,8 @@ func (e *Engine) setDuty(v *view) {
 	}
 	d := Duty{Send: true, Receive: true}
 	switch {
-	case e.observed.Load():
-		d = Duty{Why: "a capture, the flight recorder or a replay needs every packet in the workers"}
+	case e.blind != "":
+		d = Duty{Why: e.blind}
 	case v.ports != nil:
 		// The programs do not know the ports: what is for one must be received here.
 		d.Receive, d.Why = false, "containers are attached: what is received passes the workers"

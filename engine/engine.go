@@ -92,6 +92,7 @@ type Engine struct {
 	observed atomic.Bool // see observe
 
 	bypass   Bypass       // nil without one
+	blind    string       // why the bypass cannot be observed, while it has to be
 	bypassed [2]Direction // sums of earlier bypasses, sent and received
 
 	sockets []*encap.Socket // all of them

@@ -69,7 +69,7 @@ func (e *Engine) TapWorkers() int {
 	if e.ports == nil {
 		n += 2 // the workers that the first attached port will bring
 	}
-	return n + e.replay.tapWorkers(&e.cfg)
+	return n + e.replay.tapWorkers(&e.cfg) + 1 // the last is the bypass's
 }
 
 // SetTap makes the workers put records of the packets they handle into s; nil
@@ -78,11 +78,7 @@ func (e *Engine) TapWorkers() int {
 func (e *Engine) SetTap(s *tap.Set) {
 	e.apply.Lock()
 	defer e.apply.Unlock()
-	if s != nil {
-		// Before it is in force, so that it sees every packet from then on.
-		e.observed.Store(true)
-		e.setDuty(e.view.Load())
-	}
+	e.watchBypass(s)
 	if e.tap.Swap(s) != nil {
 		e.settle()
 	}
@@ -91,7 +87,6 @@ func (e *Engine) SetTap(s *tap.Set) {
 
 // observe is called, with apply held, after everything that may change whether
 // somebody looks at the packets: a capture, the flight recorder or a replay.
-// While somebody does, every packet has to pass the packet loop.
 func (e *Engine) observe() {
 	e.observed.Store(e.tap.Load() != nil || e.replay.current != nil)
 	e.setDuty(e.view.Load())

@@ -80,6 +80,8 @@ struct config {
 	__be16 udp_source; // source ports of what is sent
 	__be16 vxlan_sources[4];
 	__u8 mac[6];
+	__u8 pad[2];
+	__u32 snap; // bytes of a datagram's payload that a capture wants; 0: there is none
 };
 
 struct key {
@@ -108,7 +110,30 @@ struct counters {
 	__u64 sent, sent_bytes;
 	__u64 failed;
 	__u64 received, received_bytes;
+	__u64 unseen_sent, unseen_received; // by a capture, for want of room
 };
+
+// sample is a carried packet for a capture. The payload of its datagram, framing
+// included, follows: a super-packet whole, others cut to the snap length.
+struct sample {
+	__u64 time;    // CLOCK_MONOTONIC, ns
+	__u32 length;  // bytes of the payload before it was cut
+	__u32 stored;  // bytes that follow
+	__be32 peer, local;
+	__be16 peer_port, local_port;
+	__u16 gso;     // payload of each segment; 0 for one packet
+	__u8 prefix;   // bytes before the inner packet
+	__u8 receive;
+	__u8 ecn;      // of the outer header
+	__u8 pad[7];
+};
+
+const struct sample *unused __attribute__((unused)); // keeps the type for bpf2go
+
+// A place in the ring is reserved in one of three sizes.
+#define SMALL 256
+#define MEDIUM 2048
+#define LARGE 65536
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -131,6 +156,57 @@ struct {
 	__type(key, __u32);
 	__type(value, struct counters);
 } counted SEC(".maps");
+
+// taps holds the ring of the capture that runs, if one does.
+struct ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 24);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct ring);
+} taps SEC(".maps");
+
+// fill reserves a place of one size and copies the packet there.
+static __always_inline int fill(void *ring, struct __sk_buff *skb, struct sample *head, __u32 size)
+{
+	struct sample *s = bpf_ringbuf_reserve(ring, sizeof(*s) + size, 0);
+
+	if (!s)
+		return 0;
+	*s = *head;
+	// 1 to size, in a form that the verifier follows.
+	__u32 n = ((head->stored - 1) & (size - 1)) + 1;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + OUTER, s + 1, n)) {
+		bpf_ringbuf_discard(s, BPF_RB_NO_WAKEUP);
+		return 0;
+	}
+	bpf_ringbuf_submit(s, BPF_RB_NO_WAKEUP);
+	return 1;
+}
+
+// show gives a capture the datagram in skb; head is filled but for the lengths.
+static __always_inline int show(struct __sk_buff *skb, struct config *c, struct sample *head)
+{
+	__u32 zero = 0;
+	void *ring = bpf_map_lookup_elem(&taps, &zero);
+
+	if (!ring)
+		return 0;
+	head->time = bpf_ktime_get_ns();
+	head->length = skb->len - ETH_HLEN - OUTER;
+	head->stored = head->length;
+	if (!head->gso && head->stored > c->snap)
+		head->stored = c->snap;
+	if (head->stored <= SMALL)
+		return fill(ring, skb, head, SMALL);
+	if (head->stored <= MEDIUM)
+		return fill(ring, skb, head, MEDIUM);
+	return fill(ring, skb, head, LARGE);
+}
 
 static __always_inline struct peer *peer_of(__be32 addr)
 {
@@ -270,6 +346,14 @@ int send(struct __sk_buff *skb)
 	} else if (bpf_skb_store_bytes(skb, 0, &o, sizeof(o), 0)) {
 		goto failed;
 	}
+	if (c->snap) {
+		struct sample s = {
+			.peer = o.ip.daddr, .peer_port = o.udp.dest, .local = o.ip.saddr, .local_port = o.udp.source,
+			.gso = gso, .prefix = size - OUTER, .ecn = ecn,
+		};
+		if (!show(skb, c, &s))
+			n->unseen_sent += count;
+	}
 	n->sent += count;
 	n->sent_bytes += len + (__u64)(count - 1) * headers;
 	return bpf_redirect_neigh(c->underlay, 0, 0, 0);
@@ -311,6 +395,7 @@ int receive(struct __sk_buff *skb)
 	if (outer_len + ETH_HLEN != skb->len || bpf_ntohs(o->udp.len) + sizeof(o->ip) != outer_len)
 		return PASS;
 	__be32 sender = o->ip.saddr;
+	__be16 sender_port = o->udp.source, port = o->udp.dest;
 	__u8 ecn = o->ip.tos & 3;
 	struct iphdr *ip;
 	if (o->udp.dest == c->vxlan_port) {
@@ -345,6 +430,14 @@ int receive(struct __sk_buff *skb)
 		headers += (b[size + 32] >> 4) * 4;
 	}
 	__u32 count = segments(gso, len, headers);
+	if (c->snap) {
+		struct sample s = {
+			.peer = sender, .peer_port = sender_port, .local = c->local, .local_port = port,
+			.gso = gso, .prefix = size - ETH_HLEN - OUTER, .ecn = ecn, .receive = 1,
+		};
+		if (!show(skb, c, &s))
+			n->unseen_received += count;
+	}
 	if (bpf_skb_adjust_room(skb, -(__s32)(size - ETH_HLEN), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
 		return PASS;
 	n->received += count;

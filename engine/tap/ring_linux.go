@@ -2,6 +2,7 @@ package tap
 
 import (
 	"fmt"
+	"math"
 	"math/bits"
 	"sync/atomic"
 	"unsafe"
@@ -38,11 +39,13 @@ type Ring struct {
 	// where the last one was that had to be amended.
 	kept  bool
 	found uint64
-	head  atomic.Uint64
-	_     [64]byte // the reader's line
-	tail  atomic.Uint64
-	_     [64]byte
-	lost  [numReaders][NumPoints]counter
+	// horizon is the moment, ns since 1970, up to which the ring is complete.
+	horizon atomic.Int64
+	head    atomic.Uint64
+	_       [64]byte // the reader's line
+	tail    atomic.Uint64
+	_       [64]byte
+	lost    [numReaders][NumPoints]counter
 }
 
 // Who misses a lost packet: every reader, or one kind of them.
@@ -73,8 +76,19 @@ func newRing(worker uint8, points Points, snap, size int) (*Ring, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tap: map a ring of %d bytes: %w", size, err)
 	}
-	return &Ring{buf: buf, worker: worker, points: points, snap: snap, split: true}, nil
+	r := &Ring{buf: buf, worker: worker, points: points, snap: snap, split: true}
+	r.SetHorizon(math.MaxInt64)
+	return r, nil
 }
+
+// SetHorizon says up to which moment, in ns since 1970, the ring holds
+// everything there is. A writer that learns of packets late moves it along, so
+// that a reader of several rings does not get ahead of it; for all others it
+// stays at the end of time.
+func (r *Ring) SetHorizon(ns int64) { r.horizon.Store(ns) }
+
+// Horizon returns what SetHorizon said last.
+func (r *Ring) Horizon() int64 { return r.horizon.Load() }
 
 func (r *Ring) free() {
 	if r.buf != nil {
@@ -105,6 +119,16 @@ func (r *Ring) PutPieces(h *Header, length int, pieces []unix.Iovec) {
 		data = data[copy(data, unsafe.Slice(pieces[i].Base, pieces[i].Len)):]
 	}
 }
+
+// PutCut is Put for a packet of length bytes of which only the first are at
+// hand, at least as many as the snap length.
+func (r *Ring) PutCut(h *Header, length int, data []byte) {
+	room := r.reserve(h, length)
+	clear(room[copy(room, data):])
+}
+
+// Miss says that n packets passed the points without a record.
+func (r *Ring) Miss(points Points, n uint64) { r.lose(0, points&r.points, n) }
 
 // reserve makes a record and returns the place for the head of its packet,
 // which is empty when it is not wanted or does not fit.
