@@ -10,6 +10,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// FindUnderlay returns the interface a node of this configuration would choose
+// in the calling thread's network namespace, without starting one. It reads
+// Iface, IfaceRegex and IfaceCanReach only.
+func FindUnderlay(c Config) (UnderlayStatus, error) {
+	nl, err := netlink.NewHandle()
+	if err != nil {
+		return UnderlayStatus{}, fmt.Errorf("netlink: %w", err)
+	}
+	defer nl.Close()
+	h, err := readHostNet(nl)
+	if err != nil {
+		return UnderlayStatus{}, err
+	}
+	u, err := chooseUnderlay(ifaceChoice{names: c.Iface, regexps: c.IfaceRegex, canReach: c.IfaceCanReach}, h, func(error) {})
+	if err != nil {
+		return UnderlayStatus{}, err
+	}
+	return UnderlayStatus{Interface: u.name, Address: u.addr, MTU: u.mtu, Chosen: u.why}, nil
+}
+
 // readHostNet reads the interfaces, their IPv4 addresses and the main routing
 // table of nl's network namespace.
 func readHostNet(nl *netlink.Handle) (*hostNet, error) {

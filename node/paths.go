@@ -87,6 +87,9 @@ func StateDirs() []string {
 	return found
 }
 
+// ErrNoEngine: no engine answers in the usual places.
+var ErrNoEngine = errors.New("no engine found")
+
 // FindSocket returns the API socket of the engine a client command means: the
 // explicit path, else the one in stateDir, else what the environment names,
 // else the only engine that answers on this host. With several engines, or
@@ -157,7 +160,7 @@ func scanSockets(roots []string) (string, error) {
 	if len(denied) > 0 {
 		return "", fmt.Errorf("%s: permission denied: run as root or as the user that started the engine", strings.Join(denied, ", "))
 	}
-	return "", fmt.Errorf("no engine found (looked in %s): start one with tweed up, or name it with --state-dir DIR or --socket PATH", strings.Join(roots, ", "))
+	return "", fmt.Errorf("%w (looked in %s): start one with tweed up, or name it with --state-dir DIR or --socket PATH", ErrNoEngine, strings.Join(roots, ", "))
 }
 
 // dirMaker creates directories and can take back those it made, so that a

@@ -82,6 +82,7 @@ var commands = []func() *cobra.Command{
 	newLeasesCommand,
 	newCaptureCommand,
 	newReplayCommand,
+	newDoctorCommand,
 	newBugreportCommand,
 	newExtcapCommand,
 	newEtcdCommand,
