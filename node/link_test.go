@@ -257,6 +257,9 @@ func TestPathMTUComesFromRouteOrInterfaceAndSeesLoops(t *testing.T) {
 		t.Error("the new route was not seen")
 	}
 	check("192.0.2.77", 1300, false)
+	if i, want := c.way(addr("192.0.2.77")), mustLink(t, nl, netns.LANInterface).Attrs().Index; i != want {
+		t.Errorf("the way leads through interface %d, want %d", i, want)
+	}
 	if err := nl.LinkSetDown(mustLink(t, nl, netns.LANInterface)); err != nil {
 		t.Fatal(err)
 	}
@@ -264,6 +267,9 @@ func TestPathMTUComesFromRouteOrInterfaceAndSeesLoops(t *testing.T) {
 		t.Error("a flapping link changed the MTU")
 	}
 	check("192.0.2.77", 1300, false)
+	if i := c.way(addr("192.0.2.77")); i != 0 {
+		t.Errorf("the way is gone, and said to lead through interface %d", i)
+	}
 	if len(c.paths) != 1 {
 		t.Errorf("%d addresses are remembered, 1 is in use", len(c.paths))
 	}

@@ -50,7 +50,10 @@ func (c *pathCache) refresh(inUse map[netip.Addr]bool) bool {
 		p := c.ask(ip)
 		// A way that is gone for the moment keeps what was known of it: the
 		// socket will say so for each packet, and the MTU comes back with it.
+		// Only the interface is not known any more.
 		if p.mtu == 0 && !p.loops {
+			old.link = 0
+			c.paths[ip] = old
 			continue
 		}
 		if p != old {
