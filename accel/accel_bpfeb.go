@@ -59,7 +59,7 @@ type accelPeer struct {
 	Vni     uint32
 	Mac     [6]uint8
 	Pad     [2]uint8
-	Bulk    uint64
+	Bulk    [2]uint64
 }
 
 type accelSample struct {

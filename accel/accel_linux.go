@@ -63,9 +63,10 @@ type Accelerator struct {
 	// watched is the observation that runs, nil without one, and snap what it wants.
 	watched *observation
 	snap    uint32
-	// lost is the TUN's count of packets dropped before delivery when we came.
-	lost   uint64
-	failed error // of the last write to a map
+	// lost is the TUN's count of packets dropped before delivery when we came,
+	// dropped the one last read.
+	lost, dropped uint64
+	failed        error // of the last write to a map
 }
 
 // New loads and attaches the programs. They serve nobody until Follow is
@@ -105,6 +106,7 @@ func (a *Accelerator) open() error {
 		return fmt.Errorf("netlink: %w", err)
 	}
 	a.lost = a.backlogDrops()
+	a.dropped = a.lost
 	return nil
 }
 
@@ -147,7 +149,17 @@ func (a *Accelerator) Retract(local table.Local, peers []table.Peer) {
 		a.local = table.Local{}
 		a.configure()
 	}
-	a.check(a.mirror.retract(a.cfg.entries(peers)))
+	a.retract(a.cfg.entries(peers))
+}
+
+// retract takes away what want says otherwise, and waits for the programs that
+// may still hold such an entry.
+func (a *Accelerator) retract(want map[netip.Prefix]accelPeer) {
+	a.check(a.mirror.retract(want))
+	if a.mirror.took {
+		a.mirror.took = false
+		settle()
+	}
 }
 
 // Follow implements engine.Bypass.
@@ -164,7 +176,7 @@ func (a *Accelerator) Refresh() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	want := a.cfg.entries(a.peers)
-	a.check(a.mirror.retract(want))
+	a.retract(want)
 	a.check(a.mirror.enter(want))
 }
 
@@ -254,21 +266,23 @@ func (a *Accelerator) Traffic() (tx, rx engine.Direction) {
 		rx.Bytes += c.ReceivedBytes
 	}
 	tx.Packets, tx.Bytes = tx.Delivered+tx.Drops[engine.TxEncapError], tx.DeliveredBytes
-	lost := min(a.backlogDrops()-a.lost, rx.Packets)
+	a.dropped = max(a.dropped, a.backlogDrops())
+	lost := min(a.dropped-a.lost, rx.Packets)
 	rx.Drops[engine.RxBacklog] = lost
 	rx.Delivered, rx.DeliveredBytes = rx.Packets-lost, rx.Bytes
 	return tx, rx
 }
 
 // backlogDrops is how many packets the kernel dropped between the receive
-// program and the stack, because the CPU's backlog was full or the device down.
+// program and the stack, because the CPU's backlog was full or the device down,
+// as far as is known: a device that is gone tells nothing.
 func (a *Accelerator) backlogDrops() uint64 {
 	if a.nl == nil {
-		return a.lost
+		return a.dropped
 	}
 	l, err := a.nl.LinkByIndex(a.cfg.TUN)
 	if err != nil || l.Attrs().Statistics == nil {
-		return a.lost
+		return a.dropped
 	}
 	return l.Attrs().Statistics.RxDropped
 }

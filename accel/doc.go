@@ -16,6 +16,10 @@
 //
 // The programs need Linux 6.6 (tcx), CAP_BPF and CAP_NET_ADMIN, and leave
 // with the process that attached them, however it ends.
+//
+// go generate compiles them (Debian: clang, llvm, libbpf-dev, linux-libc-dev). The objects are
+// committed; clang 14.0.6 makes the same bytes of the same source.
 package accel
 
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -target bpfel,bpfeb -cflags "-O2 -g -Wall -Werror -Wno-address-of-packed-member -I/usr/include/x86_64-linux-gnu" -type config -type peer -type key -type counters -type sample accel bpf/accel.c
+//go:generate sh -c "sha256sum bpf/accel.c >bpf/accel.c.sha256"

@@ -23,6 +23,8 @@ type peerMap interface {
 type mirror struct {
 	peers   peerMap
 	entered map[netip.Prefix]accelPeer // what the map holds
+	// took says that an answer was taken away since this was last cleared.
+	took bool
 }
 
 func newMirror(m peerMap) mirror {
@@ -35,6 +37,7 @@ func (m *mirror) retract(want map[netip.Prefix]accelPeer) error {
 	for subnet, e := range want {
 		old, have := m.entered[subnet]
 		if have && old != e || !have && nested {
+			m.took = true
 			if err := m.put(subnet, closed); err != nil {
 				return err
 			}
@@ -49,6 +52,7 @@ func (m *mirror) retract(want map[netip.Prefix]accelPeer) error {
 			return fmt.Errorf("remove %s: %w", subnet, err)
 		}
 		delete(m.entered, subnet)
+		m.took = true
 	}
 	return nil
 }

@@ -87,6 +87,7 @@ type frame struct {
 	sum      uint16 // outer UDP checksum
 	payload  []byte // of the datagram
 	pad      int    // bytes behind the datagram
+	station  byte   // last of the destination MAC; 0 is ours, the test run's device has no address
 }
 
 func (f frame) bytes() []byte {
@@ -97,7 +98,7 @@ func (f frame) bytes() []byte {
 	binary.BigEndian.PutUint16(udp[26:], f.sum)
 	udp[9] = f.protocol
 	tuntest.SetIPChecksum(udp)
-	b := append([]byte{2, 0, 0, 0, 9, 1, 2, 0, 0, 0, 9, 2, 8, 0}, udp...)
+	b := append([]byte{0, 0, 0, 0, 0, f.station, 2, 0, 0, 0, 9, 2, 8, 0}, udp...)
 	return append(b, make([]byte, f.pad)...)
 }
 
@@ -169,6 +170,23 @@ func TestReceivesThePlainCase(t *testing.T) {
 	}
 }
 
+// TestReceivedPacketHasNoMark: rules that route by marks judge the packet inside
+// as if a worker had written it, not by what was put on the datagram.
+func TestReceivedPacketHasNoMark(t *testing.T) {
+	a := loaded(t)
+	const mark = 8 // offset in struct __sk_buff
+	data := vxlanFrame(testPeers[0], from(testPeers[0]).Bytes()).bytes()
+	run := ebpf.RunOptions{Data: data, DataOut: make([]byte, len(data)), Context: make([]byte, 192), ContextOut: make([]byte, 192)}
+	run.Context.([]byte)[mark] = 7
+	verdict, err := a.objs.Receive.Run(&run)
+	if err != nil || verdict != redirect {
+		t.Fatalf("verdict %d, %v", verdict, err)
+	}
+	if out := binary.NativeEndian.Uint32(run.ContextOut.([]byte)[mark:]); out != 0 {
+		t.Errorf("the packet has the mark %d of the datagram", out)
+	}
+}
+
 // TestLeavesTheRestToTheWorkers: each of these frames has something a worker
 // has to judge; none is touched.
 func TestLeavesTheRestToTheWorkers(t *testing.T) {
@@ -193,6 +211,7 @@ func TestLeavesTheRestToTheWorkers(t *testing.T) {
 		"port 0":                           with(func(f *frame) { f.port = 0 }),
 		"another protocol":                 with(func(f *frame) { f.protocol = tuntest.TCP }),
 		"another host":                     with(func(f *frame) { f.to = netip.MustParseAddr("192.0.2.9") }),
+		"another station":                  with(func(f *frame) { f.station = 9 }),
 		"a stranger":                       with(func(f *frame) { f.from = netip.MustParseAddr("192.0.2.99") }),
 		"another peer's address":           with(func(f *frame) { f.from = testPeers[1].Endpoint.Addr() }),
 		"a first fragment":                 with(func(f *frame) { f.frag = tuntest.MoreFragments }),

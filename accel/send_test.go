@@ -157,10 +157,14 @@ func (b *bench) send(t fataler, packet []byte, gso int) (wire, worker []byte) {
 	vnet := make([]byte, 10)
 	if gso > 0 {
 		vnet[0], vnet[1] = 1, 1 // needs checksum, TCPv4
-		binary.NativeEndian.PutUint16(vnet[2:], 40)
+		headers, sum := uint16(40), uint16(16)
+		if packet[9] == tuntest.UDP {
+			vnet[1], headers, sum = 5, 28, 6 // UDP_L4
+		}
+		binary.NativeEndian.PutUint16(vnet[2:], headers)
 		binary.NativeEndian.PutUint16(vnet[4:], uint16(gso))
 		binary.NativeEndian.PutUint16(vnet[6:], 20)
-		binary.NativeEndian.PutUint16(vnet[8:], 16)
+		binary.NativeEndian.PutUint16(vnet[8:], sum)
 	}
 	to := &unix.SockaddrLinklayer{Protocol: 0x0008, Ifindex: b.tun}
 	if err := unix.Sendto(b.host, append(vnet, packet...), 0, to); err != nil {
@@ -358,10 +362,10 @@ func TestSuperPacketsAreLeftToTheWorkersElsewhere(t *testing.T) {
 		t.Error("the super-packet was not left to the workers as it was")
 	}
 	var e accelPeer
-	if err := b.a.objs.Peers.Lookup(keyOf(b.peers[0].Subnet), &e); err != nil || e.Bulk == 0 {
+	if err := b.a.objs.Peers.Lookup(keyOf(b.peers[0].Subnet), &e); err != nil || e.Bulk[0] == 0 {
 		t.Errorf("the entry does not remember the super-packet: %+v, %v", e, err)
 	}
-	e.Bulk = 1 // long ago
+	e.Bulk[0] = 1 // long ago
 	if err := b.a.objs.Peers.Put(keyOf(b.peers[0].Subnet), e); err != nil {
 		t.Fatal(err)
 	}
@@ -378,6 +382,50 @@ func TestSuperPacketsAreLeftToTheWorkersElsewhere(t *testing.T) {
 	if wire, _ := b.send(t, packet, gso); wire == nil {
 		t.Error("a super-packet to a kernel's vxlan device was left to the workers")
 	}
+}
+
+// TestSuperPacketsOfOneProtocolDoNotHoldTheOther: datagrams of QUIC go to the
+// workers all the time, and TCP beside them does not change its way.
+func TestSuperPacketsOfOneProtocolDoNotHoldTheOther(t *testing.T) {
+	b := newBench(t, true)
+	in := to(b.peers[0])
+	in.Sum, in.Payload = tuntest.Partial, make([]byte, 3000)
+	if wire, _ := b.send(t, in.Bytes(), 1000); wire != nil {
+		t.Fatal("a UDP super-packet was sent inside the kernel")
+	}
+	var e accelPeer
+	if err := b.a.objs.Peers.Lookup(keyOf(b.peers[0].Subnet), &e); err != nil || e.Bulk[0] != 0 || e.Bulk[1] == 0 {
+		t.Errorf("the entry remembers the wrong protocol: %v, %v", e.Bulk, err)
+	}
+	in = to(b.peers[0])
+	in.Proto = tuntest.TCP
+	if wire, _ := b.send(t, in.Bytes(), 0); wire == nil {
+		t.Error("a packet of TCP followed a super-packet of UDP to the workers")
+	}
+}
+
+// TestSuperPacketFollowsOneThatWentToTheWorkers, as a single packet does: a flow
+// whose super-packets are of several sizes is not reordered.
+func TestSuperPacketFollowsOneThatWentToTheWorkers(t *testing.T) {
+	b := newBench(t, true)
+	p := b.peers[3] // takes 1000 bytes
+	good, gso := super(p)
+	large := to(p)
+	large.Proto, large.Flags, large.Sum, large.Payload = tuntest.TCP, tuntest.ACK, tuntest.Partial, make([]byte, 3000)
+	for range 100 {
+		start := time.Now()
+		if wire, _ := b.send(t, large.Bytes(), 1200); wire != nil {
+			t.Fatal("segments beyond the MTU were sent inside the kernel")
+		}
+		wire, _ := b.send(t, good, gso)
+		if wire == nil {
+			return
+		}
+		if time.Since(start) < 5*time.Millisecond { // of 20, by a coarse clock
+			t.Fatal("a super-packet overtook the one before it")
+		}
+	}
+	t.Fatal("the machine was too slow each time")
 }
 
 // TestRetractedPeerIsLeftToTheWorkers, also when a shorter prefix covers it.

@@ -29,6 +29,8 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#define FOR_US 0 // PACKET_HOST of skb->pkt_type: sent to our MAC address
+
 // Verdicts (enum tcx_action_base, Linux 6.6).
 #define PASS (-1) // TCX_NEXT
 #define DROP 2	  // TCX_DROP
@@ -45,8 +47,8 @@
 #define FRAMING_VXLAN 1
 #define VXLAN_FLAGS 0x08000000
 
-// After a super-packet that went to the workers, the single packets to that peer
-// follow it for this long, so that none overtakes it. In ns.
+// After a super-packet that went to the workers, the packets of its protocol to
+// that peer follow it for this long, so that none overtakes it. In ns.
 #define BULK 20000000ull
 
 // What stands before the packet, behind the outer Ethernet header.
@@ -101,7 +103,7 @@ struct peer {
 	__be32 vni;
 	__u8 mac[6];
 	__u8 pad[2];
-	__u64 bulk; // ns, when the last super-packet went to the workers
+	__u64 bulk[2]; // ns, when the last super-packet of TCP, of UDP went to the workers
 };
 
 // counters are inner packets as on the wire: a super-packet counts as its
@@ -241,6 +243,12 @@ static __always_inline __u16 header_sum(void *ip)
 	return ~sum;
 }
 
+// follows reports whether a packet must go after one that went to the workers.
+static __always_inline int follows(__u64 bulk)
+{
+	return bulk && bpf_ktime_get_coarse_ns() - bulk < BULK;
+}
+
 // segments returns how many packets of the wire a packet stands for; size is
 // its gso_size.
 static __always_inline __u32 segments(__u32 size, __u32 len, __u32 headers)
@@ -284,27 +292,25 @@ int send(struct __sk_buff *skb)
 		mix ^= *(__be32 *)(b + 20);
 	}
 	__u32 len = skb->len, gso = skb->gso_size;
-	if (gso) {
-		if (protocol != IPPROTO_TCP || fragment || headers + gso > p->mtu || !(c->flags & WHOLE || p->flags & FOREIGN)) {
-			p->bulk = bpf_ktime_get_coarse_ns();
-			return PASS;
-		}
-	} else if (len > p->mtu) {
-		return PASS;
-	} else if (p->bulk && (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP) &&
-		   bpf_ktime_get_coarse_ns() - p->bulk < BULK) {
+	__u32 size = p->framing == FRAMING_VXLAN ? OUTER + PREFIX : OUTER;
+	__u64 *bulk = &p->bulk[protocol == IPPROTO_UDP];
+	if (gso && (protocol != IPPROTO_TCP || fragment || headers + gso > p->mtu || len + size > 0xffff ||
+		    !(c->flags & WHOLE || p->flags & FOREIGN))) {
+		*bulk = bpf_ktime_get_coarse_ns();
 		return PASS;
 	}
+	if (!gso && (len > p->mtu || len + size > 0xffff))
+		return PASS;
+	if ((protocol == IPPROTO_TCP || protocol == IPPROTO_UDP) && follows(*bulk))
+		return PASS;
 	__u32 count = segments(gso, len, headers);
 
 	struct outer o = {};
-	__u32 size = OUTER;
 	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP;
 	if (p->framing == FRAMING_VXLAN) {
 		// The kernel cuts super-packets behind the inner Ethernet header, so
 		// only that counts as the second layer (net/ipv4/udp_offload.c).
 		flags |= BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH;
-		size += PREFIX;
 		o.vx.flags = bpf_htonl(VXLAN_FLAGS);
 		o.vx.vni = p->vni;
 		__builtin_memcpy(o.vx.dst, p->mac, 6);
@@ -328,7 +334,7 @@ int send(struct __sk_buff *skb)
 	o.udp.dest = p->port;
 	o.udp.len = bpf_htons(len + size - sizeof(o.ip));
 
-	if (len + size > 0xffff || bpf_skb_adjust_room(skb, size, BPF_ADJ_ROOM_MAC, flags))
+	if (bpf_skb_adjust_room(skb, size, BPF_ADJ_ROOM_MAC, flags))
 		return PASS;
 	// From here on the packet is no longer what the workers could take.
 	if (bpf_skb_change_head(skb, ETH_HLEN, 0))
@@ -354,6 +360,8 @@ int send(struct __sk_buff *skb)
 		if (!show(skb, c, &s))
 			n->unseen_sent += count;
 	}
+	// The mark is about the packet inside: rules that route by it do not mean ours.
+	skb->mark = 0;
 	n->sent += count;
 	n->sent_bytes += len + (__u64)(count - 1) * headers;
 	return bpf_redirect_neigh(c->underlay, 0, 0, 0);
@@ -384,7 +392,8 @@ int receive(struct __sk_buff *skb)
 	struct config *c = bpf_map_lookup_elem(&configs, &zero);
 	struct counters *n = bpf_map_lookup_elem(&counted, &zero);
 
-	if (!c || !n || !(c->flags & RECEIVING) || skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present)
+	if (!c || !n || !(c->flags & RECEIVING) || skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present ||
+	    skb->pkt_type != FOR_US)
 		return PASS;
 	__u32 size = ETH_HLEN + OUTER;
 	struct outer *o = linear(skb, ETH_HLEN + OUTER + sizeof(struct iphdr));
@@ -440,6 +449,7 @@ int receive(struct __sk_buff *skb)
 	}
 	if (bpf_skb_adjust_room(skb, -(__s32)(size - ETH_HLEN), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
 		return PASS;
+	skb->mark = 0; // as of what a worker writes
 	n->received += count;
 	n->received_bytes += len + (__u64)(count - 1) * headers;
 	return bpf_redirect(c->tun, BPF_F_INGRESS);
