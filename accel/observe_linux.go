@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -19,8 +20,8 @@ import (
 
 const (
 	// tapRing is the size of the ring between the programs and an observer, in
-	// bytes: room for 256 super-packets.
-	tapRing = 16 << 20
+	// bytes: room for 32 super-packets.
+	tapRing = 2 << 20
 	// tapIdle is how long the observer's thread sleeps when the ring is empty.
 	// Nobody wakes it, because that would cost the programs time.
 	tapIdle = time.Millisecond
@@ -40,6 +41,7 @@ type observation struct {
 	epoch   int64
 	carried engine.Carried // shown last
 	lost    [2]uint64      // told to the observer so far: sent, received
+	thread  atomic.Int32   // of run, once it is at work
 	stop    chan struct{}
 	done    chan struct{}
 }
@@ -75,6 +77,10 @@ func (a *Accelerator) unobserve() {
 	a.configure()
 	settle()
 	close(ob.stop)
+	// The caller waits, and snapshots wait for the caller: not at low priority.
+	if tid := ob.thread.Load(); tid != 0 {
+		_ = unix.Setpriority(unix.PRIO_PROCESS, int(tid), 0)
+	}
 	<-ob.done
 	ob.close(&a.objs)
 }
@@ -110,6 +116,7 @@ func (ob *observation) run(a *Accelerator) {
 	// priority along.
 	runtime.LockOSThread()
 	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, tapNice)
+	ob.thread.Store(int32(unix.Gettid()))
 	defer close(ob.done)
 	var rec ringbuf.Record
 	for stopping := false; ; {
