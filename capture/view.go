@@ -214,8 +214,8 @@ func putOuter(b []byte, r *tap.Record, length int) {
 	binary.BigEndian.PutUint16(u, sport)
 	binary.BigEndian.PutUint16(u[2:], dport)
 	binary.BigEndian.PutUint16(u[4:], uint16(length-20))
-	if len(b) != length {
-		return // cut short: 0 stands for no checksum (RFC 768)
+	if len(b) != length || r.Flags&tap.NoChecksum != 0 {
+		return // cut short, or never there: 0 stands for no checksum (RFC 768)
 	}
 	var pseudo [12]byte
 	copy(pseudo[:8], b[12:20])

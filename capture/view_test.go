@@ -221,3 +221,14 @@ func TestPaddingOfAFrameDoesNotReachTheInside(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 }
+
+// TestADatagramWithoutChecksumIsShownWithout, as it was on the wire.
+func TestADatagramWithoutChecksumIsShownWithout(t *testing.T) {
+	pkt := tuntest.Packet{Proto: tuntest.UDP, Payload: []byte("x")}.Bytes()
+	for flags, with := range map[tap.Flags]bool{0: true, tap.NoChecksum: false} {
+		got := seen(&viewer{}, record(tap.Of(tap.WireOut), flags, vxlanPrefix(), pkt), tap.AllPoints)
+		if len(got) != 1 || (binary.BigEndian.Uint16(got[0].Data[26:]) != 0) != with {
+			t.Errorf("flags %d: %+v, want a checksum %t", flags, got, with)
+		}
+	}
+}

@@ -76,6 +76,7 @@ func (o *observer) header(c *Carried) tap.Header {
 	h := tap.Header{
 		Time: c.Time, ID: o.next(), Points: tap.Of(tap.TunIn, tap.WireOut), PrefixLen: uint8(c.PrefixLen), ECN: c.ECN,
 		Receive: c.Receive, Peer: c.Peer, PeerPort: c.PeerPort, Local: c.Local, LocalPort: c.LocalPort, Segments: 1,
+		Flags: tap.NoChecksum, // by which nodes tell what was carried inside the kernel
 	}
 	switch {
 	case c.Receive:

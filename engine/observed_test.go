@@ -60,7 +60,7 @@ func TestBypassedPacketsAreRecordedAsTheWorkersRecordThem(t *testing.T) {
 			points = tap.Of(tap.WireIn, tap.TunOut)
 		}
 		if len(got) != 1 || got[0].Points != points || got[0].Length != uint32(c.Length) || !bytes.Equal(got[0].Data, c.Data) ||
-			got[0].Receive != receive || got[0].Peer != 1 || got[0].Local != 2 || got[0].Flags != 0 || got[0].Segments != 1 || got[0].ID>>56 != 3 {
+			got[0].Receive != receive || got[0].Peer != 1 || got[0].Local != 2 || got[0].Flags != tap.NoChecksum || got[0].Segments != 1 || got[0].ID>>56 != 3 {
 			t.Errorf("receive %t: %+v", receive, got)
 		}
 		if want := ([tap.NumPoints]uint64{tap.WireIn: 7, tap.TunOut: 7}); lost != want {
@@ -88,7 +88,7 @@ func TestBypassedSuperPacketsAreRecordedSegmentBySegment(t *testing.T) {
 		names[r.ID] = true
 		prefix, segment := r.Data[:encap.MaxPrefixLen], r.Data[encap.MaxPrefixLen:]
 		want := carried(packet, 0, false).Data[:encap.MaxPrefixLen]
-		if !bytes.Equal(prefix, want) || r.Flags != tap.Partial || int(r.Length) != len(r.Data) {
+		if !bytes.Equal(prefix, want) || r.Flags != tap.Partial|tap.NoChecksum || int(r.Length) != len(r.Data) {
 			t.Errorf("segment %d: %+v", i, r.Header)
 		}
 		if err := tuntest.Check(tuntest.Complete(bytes.Clone(segment))); err != nil {

@@ -98,6 +98,8 @@ const (
 	// Segment: a part of a super-packet, or what may have become one. Readers
 	// who want super-packets whole find its inner points in another record.
 	Segment
+	// NoChecksum: the datagram has no UDP checksum.
+	NoChecksum
 )
 
 // innerPoints are inside the tunnel.
