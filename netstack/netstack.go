@@ -141,13 +141,8 @@ func (n *Net) use(conn *net.UnixConn) error {
 // in carries packets from the engine to the stack, and attaches again when the
 // engine has gone.
 func (n *Net) in(conn *net.UnixConn) {
-	buf := make([]byte, headerLen+maxPacket)
 	for {
-		size, err := conn.Read(buf)
-		if err == nil && size > 0 {
-			n.link.deliver(buf[:size])
-			continue
-		}
+		n.receive(conn)
 		n.link.out.Store(nil)
 		n.conn.Store(nil)
 		conn.Close()
@@ -161,6 +156,21 @@ func (n *Net) in(conn *net.UnixConn) {
 			conn.Close()
 			return
 		}
+	}
+}
+
+// receive carries packets until conn ends.
+func (n *Net) receive(conn *net.UnixConn) {
+	r, err := newReceiver(conn)
+	if err != nil {
+		return // closed
+	}
+	for {
+		p, head, err := r.next()
+		if err != nil {
+			return
+		}
+		n.link.deliver(&r.header, p, head)
 	}
 }
 
@@ -224,6 +234,24 @@ func (n *Net) MTU() int { return n.status.MTU }
 
 // Name is the attachment's name.
 func (n *Net) Name() string { return n.status.Name }
+
+// Stats counts what came from the engine, in packets since New.
+type Stats struct {
+	Received uint64
+	// BadChecksum are dropped for their TCP or UDP checksum, Malformed for their
+	// IP header, its checksum included.
+	BadChecksum, Malformed uint64
+}
+
+// Stats are the stack's own counters.
+func (n *Net) Stats() Stats {
+	s := n.stack.Stats()
+	return Stats{
+		Received:    s.IP.PacketsReceived.Value(),
+		BadChecksum: s.TCP.ChecksumErrors.Value() + s.UDP.ChecksumErrors.Value(),
+		Malformed:   s.IP.MalformedPacketsReceived.Value(),
+	}
+}
 
 // Dial connects to an address of the overlay, a literal IPv4 address and port.
 // network is tcp, tcp4, udp or udp4.
