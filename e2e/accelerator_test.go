@@ -85,6 +85,37 @@ func TestAcceleratorStepsBack(t *testing.T) {
 	b.down()
 }
 
+// TestAcceleratorLosesNothingSilentlyWhenTheUnderlayIsDown: it stands back, and
+// the workers say of each packet why it was not sent.
+func TestAcceleratorLosesNothingSilentlyWhenTheUnderlayIsDown(t *testing.T) {
+	_, a, b := accelerated(t, udpConfig)
+	assertInKernel(t, a, b, true)
+	set := func(up bool) {
+		netlinkIn(t, a.ns, func(h *netlink.Handle) {
+			l, err := h.LinkByName("eth0")
+			if err == nil && up {
+				err = h.LinkSetUp(l)
+			} else if err == nil {
+				err = h.LinkSetDown(l)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	set(false)
+	awaitAccelerator(a, "paused", "eth0 is down")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // for an answer that cannot come
+	defer cancel()
+	if _, err := probe.Ping(ctx, a.ns, a.addr(), b.addr(), 56); err == nil {
+		t.Error("an answer came over an interface that is down")
+	}
+	a.await("a drop for send-unreachable", func(s node.Status) bool { return s.Ledger.Tx.Drops["send-unreachable"] > 0 })
+	set(true)
+	awaitAccelerator(a, "on", "")
+	assertInKernel(t, a, b, true)
+}
+
 // setPromisc does what a sniffer does on the TUN device.
 func setPromisc(t *testing.T, e *daemon, on bool) {
 	t.Helper()

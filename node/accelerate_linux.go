@@ -2,7 +2,9 @@ package node
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
+	"time"
 
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
@@ -24,7 +26,11 @@ type accelerator struct {
 	*accel.Accelerator        // nil while there is none
 	why                string // there is none
 	host               acceleratorHost
+	heldAt             time.Time // when holdAccelerator looked last
 }
+
+// holdInterval is the shortest time between two looks of holdAccelerator.
+const holdInterval = 10 * time.Millisecond
 
 // acceleratorHost is what an accelerator was made for.
 type acceleratorHost struct {
@@ -120,6 +126,16 @@ func (r *runner) checkAccelerator() {
 	r.acc.Refresh()
 }
 
+// holdAccelerator looks at once, not only when changes have settled, whether the
+// accelerator has to stand back, unless it did so a moment ago.
+func (r *runner) holdAccelerator() {
+	if r.acc.Accelerator == nil || time.Since(r.acc.heldAt) < holdInterval {
+		return
+	}
+	r.acc.Hold(r.accelHolds())
+	r.acc.heldAt = time.Now()
+}
+
 // acceleratorHost looks at the underlay interface.
 func (r *runner) acceleratorHost() (acceleratorHost, error) {
 	l, err := r.nl.LinkByIndex(r.u.index)
@@ -138,11 +154,19 @@ func (r *runner) accelHolds() []string {
 	if l, err := r.link.get(); err == nil && l.Attrs().Promisc > 0 {
 		holds = append(holds, fmt.Sprintf("%s is promiscuous: whoever listens there shall see every packet", r.link.name))
 	}
+	if l, err := r.nl.LinkByIndex(r.u.index); err == nil && isDown(l.Attrs()) {
+		// A socket says so of each packet, the programs would not hear of it.
+		holds = append(holds, fmt.Sprintf("underlay %s is down", r.u.name))
+	}
 	// The programs send behind the place where the kernel encrypts.
 	if policies, err := r.nl.XfrmPolicyList(netlink.FAMILY_ALL); err == nil && len(policies) > 0 {
 		holds = append(holds, "the host has IPsec policies, which would not see these packets")
 	}
 	return holds
+}
+
+func isDown(a *netlink.LinkAttrs) bool {
+	return a.Flags&net.FlagUp == 0 || a.OperState == netlink.OperDown || a.OperState == netlink.OperLowerLayerDown
 }
 
 // carriesWhole reports whether the interface passes super-packets of a tunnel

@@ -411,6 +411,7 @@ func (r *runner) loop(ctx context.Context) error {
 		case <-r.mgr.Updates():
 			r.follow()
 		case <-r.watch.changed:
+			r.holdAccelerator()
 			if settle == nil {
 				settle = time.After(r.settleDelay())
 			}
