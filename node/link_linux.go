@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -45,13 +46,37 @@ type overlayLink struct {
 	sysctl string
 }
 
-// newOverlayLink finds the device that was just opened under name.
+// newOverlayLink finds the device that was just opened under name. The calling
+// thread is in the device's network namespace.
 func newOverlayLink(nl *netlink.Handle, name string) (*overlayLink, error) {
 	l, err := nl.LinkByName(name)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
+	if err := acceptOwnSource(l.Attrs().Index); err != nil {
+		return nil, fmt.Errorf("%s: set accept_local: %w", name, err)
+	}
 	return &overlayLink{nl: nl, name: name, index: l.Attrs().Index, sysctl: "/proc/sys/net"}, nil
+}
+
+// acceptOwnSource sets the device's accept_local. The engine's ICMP errors come
+// out of the device with the node's own address as their source, which Linux
+// else takes for forged and drops without a word (fib_validate_source in
+// net/ipv4/fib_frontend.c). Packets from other nodes with such a source never
+// get that far: they are martian-source to the engine.
+func acceptOwnSource(index int) error {
+	const acceptLocal = 23 // IPV4_DEVCONF_ACCEPT_LOCAL of linux/ip.h
+	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(index)
+	req.AddData(msg)
+	spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
+	inet := spec.AddRtAttr(unix.AF_INET, nil)
+	conf := inet.AddRtAttr(unix.IFLA_INET_CONF, nil)
+	conf.AddRtAttr(acceptLocal, nl.Uint32Attr(1))
+	req.AddData(spec)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
 }
 
 // get returns the device as the kernel sees it now, errLinkGone if it was

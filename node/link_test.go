@@ -38,7 +38,11 @@ func testLink(t *testing.T) (*overlayLink, *netlink.Handle, *tun.Device) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.Close() })
-	o, err := newOverlayLink(nl, "tweed0")
+	var o *overlayLink
+	err = l.Nodes[0].Do(func() (err error) {
+		o, err = newOverlayLink(nl, "tweed0")
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
