@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"tweed/netns"
 	"tweed/node"
 	"tweed/probe"
 )
@@ -119,6 +120,44 @@ func TestAcceleratorLosesNothingSilentlyWhenTheUnderlayIsDown(t *testing.T) {
 		assertPing(t, a.host(), b.host(), 56)
 		return a.status().Ledger.Tx.Accelerated > before
 	})
+}
+
+// TestAcceleratorComesBackWithTheInterface that was removed and made anew, as
+// drivers and hypervisors do with network cards.
+func TestAcceleratorComesBackWithTheInterface(t *testing.T) {
+	w, a, b := accelerated(t, vxlanConfig)
+	assertInKernel(t, a, b, true)
+	netlinkIn(t, w.lan.Switch, func(h *netlink.Handle) {
+		l, err := h.LinkByName(w.lan.Port(0))
+		if err == nil {
+			err = h.LinkDel(l) // and its other end with it
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+	awaitAccelerator(a, "off", "underlay eth0 is gone")
+	command(t, w.lan.Switch, "ip", "link", "add", w.lan.Port(0), "master", netns.LANBridge, "type", "veth", "peer", "name", "fresh")
+	command(t, w.lan.Switch, "ip", "link", "set", w.lan.Port(0), "up")
+	netlinkIn(t, w.lan.Switch, func(h *netlink.Handle) {
+		l, err := h.LinkByName("fresh")
+		if err == nil {
+			err = h.LinkSetNsFd(l, int(a.ns.File().Fd()))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+	command(t, a.ns, "ip", "link", "set", "fresh", "name", netns.LANInterface)
+	command(t, a.ns, "ip", "address", "add", a.underlay().String()+"/24", "dev", netns.LANInterface)
+	command(t, a.ns, "ip", "link", "set", netns.LANInterface, "up")
+	awaitAccelerator(a, "on", "")
+	w.await("packets are carried inside the kernel again", func() bool {
+		before := a.status().Ledger.Tx.Accelerated
+		assertPing(t, a.host(), b.host(), 56)
+		return a.status().Ledger.Tx.Accelerated > before
+	})
+	assertBalance(t, a)
 }
 
 // setPromisc does what a sniffer does on the TUN device.

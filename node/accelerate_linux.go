@@ -1,6 +1,7 @@
 package node
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -25,6 +26,7 @@ const (
 type accelerator struct {
 	*accel.Accelerator        // nil while there is none
 	why                string // there is none
+	waits              bool   // for an underlay interface that it can be made for
 	host               acceleratorHost
 	heldAt             time.Time // when holdAccelerator looked last
 }
@@ -58,7 +60,7 @@ func (r *runner) openAccelerator() {
 		if r.acc.why != err.Error() {
 			r.log.Info("packets are not carried inside the kernel", "why", err)
 		}
-		r.acc = accelerator{why: err.Error()}
+		r.acc = accelerator{why: err.Error(), waits: errors.Is(err, errNoHost)}
 	}
 }
 
@@ -114,6 +116,9 @@ func (r *runner) closeAccelerator() {
 
 // checkAccelerator tells the accelerator what has changed on the host.
 func (r *runner) checkAccelerator() {
+	if r.acc.waits {
+		r.openAccelerator()
+	}
 	if r.acc.Accelerator == nil {
 		return
 	}
@@ -136,14 +141,17 @@ func (r *runner) holdAccelerator() {
 	r.acc.heldAt = time.Now()
 }
 
+// errNoHost says that there is nothing to attach to at present.
+var errNoHost = errors.New("no interface for it")
+
 // acceleratorHost looks at the underlay interface.
 func (r *runner) acceleratorHost() (acceleratorHost, error) {
 	l, err := r.nl.LinkByIndex(r.u.index)
 	if err != nil {
-		return acceleratorHost{}, fmt.Errorf("underlay %s: %w", r.u.name, err)
+		return acceleratorHost{}, fmt.Errorf("%w: underlay %s is gone", errNoHost, r.u.name)
 	}
 	if kind := l.Attrs().EncapType; kind != "ether" {
-		return acceleratorHost{}, fmt.Errorf("underlay %s is not an Ethernet interface but %s", r.u.name, kind)
+		return acceleratorHost{}, fmt.Errorf("%w: underlay %s is not an Ethernet interface but %s", errNoHost, r.u.name, kind)
 	}
 	return acceleratorHost{underlay: r.u.index, addr: r.u.addr, whole: carriesWhole(l)}, nil
 }
