@@ -236,7 +236,11 @@ func (w *rxWorker) check(v *view, m *encap.Message, data []byte) (pkt []byte, re
 	if martian(src) || src&v.mask == v.base {
 		return nil, RxMartian, false
 	}
-	if e := v.table.Lookup(src); e == nil || e.Addr != m.Source {
+	e := v.table.Direct(src)
+	if e == nil {
+		e = v.table.Deeper(src)
+	}
+	if e == nil || e.Addr != m.Source {
 		return nil, RxSpoofedSource, false
 	}
 	if binary.BigEndian.Uint32(data[16:])&v.mask != v.base {

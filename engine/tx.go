@@ -219,7 +219,11 @@ func (w *txWorker) admit(ip []byte) (Reason, bool) {
 // route finds the peer of a packet, or the reason there is none, and answers
 // the sender where it is due. It decrements the TTL as flannel's proxy does.
 func (w *txWorker) route(v *view, ip []byte, super bool) (*table.Entry, Reason) {
-	e := v.table.Lookup(binary.BigEndian.Uint32(ip[16:]))
+	dst := binary.BigEndian.Uint32(ip[16:])
+	e := v.table.Direct(dst)
+	if e == nil {
+		e = v.table.Deeper(dst)
+	}
 	if e == nil {
 		w.icmp.send(w.queue, v.addr, ip, icmpNetUnreachable, 0)
 		return nil, TxNoRoute

@@ -180,22 +180,37 @@ func fill(to []*Entry, e *Entry) {
 // Lookup returns the entry whose subnet holds addr (host byte order), or nil.
 // The entry is valid as long as the caller keeps it and must not be changed.
 func (t *Table) Lookup(addr uint32) *Entry {
+	if e := t.Direct(addr); e != nil {
+		return e
+	}
+	return t.Deeper(addr)
+}
+
+// Direct is the first half of Lookup: the entry if one step finds it, as it does for
+// every lease of a network whose leases are of one length. The packet loop calls the
+// halves itself, because this one is compiled into it, and a call takes longer than
+// the step.
+func (t *Table) Direct(addr uint32) *Entry {
 	if t == nil {
 		return nil
 	}
-	// An address below base wraps round and fails the same comparison.
-	i := (addr - t.base) >> (t.shift & 31)
-	if i < uint32(len(t.index)) {
-		if e := t.index[i]; e != nil {
-			return e
-		}
-		if i < uint32(len(t.deeper)) {
-			if d := t.deeper[i]; d != 0 {
-				n := d >> offBits & 31
-				return t.cells[d&offMask+addr>>((t.shift-n)&31)&(1<<n-1)]
-			}
-		}
+	// An address below base wraps round and is outside as well.
+	if i := uint(addr-t.base) >> (t.shift & 31); i < uint(len(t.index)) {
+		return t.index[i]
+	}
+	return nil
+}
+
+// Deeper is the second half of Lookup, for addresses Direct returns nil for.
+func (t *Table) Deeper(addr uint32) *Entry {
+	if t == nil {
 		return nil
+	}
+	if i := uint(addr-t.base) >> (t.shift & 31); i < uint(len(t.deeper)) {
+		if d := t.deeper[i]; d != 0 {
+			n := d >> offBits & 31
+			return t.cells[d&offMask+addr>>((t.shift-n)&31)&(1<<n-1)]
+		}
 	}
 	if t.trie != nil {
 		return t.lookupTrie(addr)

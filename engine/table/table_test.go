@@ -88,6 +88,9 @@ func checkLookup(t *rapid.T) {
 			if (got == nil) != (want == nil) || got != nil && got.NodeID != want.NodeID {
 				t.Fatalf("%v: %v, want %v", addrOf(addr), got, want)
 			}
+			if e := tab.Direct(addr); e != nil && e != got {
+				t.Fatalf("%v: %v in one step, %v by Lookup", addrOf(addr), e, got)
+			}
 		}
 	}
 	for _, p := range peers { // edges of every prefix, inside and outside
@@ -107,6 +110,16 @@ func checkLookup(t *rapid.T) {
 }
 
 func TestLookupFindsTheLongestPrefix(t *testing.T) { rapid.Check(t, checkLookup) }
+
+func TestLeasesOfOneLengthAreFoundInOneStep(t *testing.T) {
+	tab := build(t, network(1000)...)
+	for i := range uint32(1001) {
+		addr := 10<<24 | i<<8 | 77
+		if e := tab.Direct(addr); e != tab.Lookup(addr) || (e != nil) != (i < 1000) {
+			t.Fatalf("%v: %v", addrOf(addr), e)
+		}
+	}
+}
 
 func TestNestedSubnets(t *testing.T) {
 	tab := build(t,
@@ -230,7 +243,7 @@ func TestEntriesAreReadyToSend(t *testing.T) {
 func TestNoTableHoldsNobody(t *testing.T) {
 	for name, tab := range map[string]*Table{"nil": nil, "zero": {}, "empty": build(t)} {
 		for _, a := range []uint32{0, bitsOf("10.1.2.3"), ^uint32(0)} {
-			if tab.Lookup(a) != nil || tab.HasAddr(a) || len(tab.Entries()) != 0 {
+			if tab.Lookup(a) != nil || tab.Direct(a) != nil || tab.HasAddr(a) || len(tab.Entries()) != 0 {
 				t.Errorf("%s table knows %v", name, addrOf(a))
 			}
 		}
