@@ -34,6 +34,7 @@ type link struct {
 	mtu, gso   uint32 // bytes
 	dispatcher atomic.Pointer[stack.NetworkDispatcher]
 	out        atomic.Pointer[sender]
+	lost       atomic.Uint64 // packets that met no engine
 	// trusted says that the checksums of the packet being delivered need no look.
 	trusted atomic.Bool
 }
@@ -90,10 +91,13 @@ func (l *link) Attach(d stack.NetworkDispatcher) {
 // the engine always reads on.
 func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 	list := packets.AsSlice()
-	if out := l.out.Load(); out != nil {
-		for _, p := range list {
-			out.send(p)
-		}
+	out := l.out.Load()
+	if out == nil {
+		l.lost.Add(uint64(len(list)))
+		return len(list), nil
+	}
+	for _, p := range list {
+		out.send(p)
 	}
 	return len(list), nil
 }

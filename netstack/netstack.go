@@ -235,22 +235,34 @@ func (n *Net) MTU() int { return n.status.MTU }
 // Name is the attachment's name.
 func (n *Net) Name() string { return n.status.Name }
 
-// Stats counts what came from the engine, in packets since New.
+// Stats counts packets since New. A super-packet counts once.
 type Stats struct {
-	Received uint64
-	// BadChecksum are dropped for their TCP or UDP checksum, Malformed for their
-	// IP header, its checksum included.
-	BadChecksum, Malformed uint64
+	// Received came from the engine. Of them, BadChecksum were dropped for their
+	// TCP or UDP checksum, Malformed for their IP header, its checksum included.
+	Received, BadChecksum, Malformed uint64
+	// Sent went to the engine; Lost of them met no engine.
+	Sent, Lost uint64
+	// Retransmitted are TCP segments that were sent again.
+	Retransmitted uint64
 }
 
 // Stats are the stack's own counters.
 func (n *Net) Stats() Stats {
 	s := n.stack.Stats()
 	return Stats{
-		Received:    s.IP.PacketsReceived.Value(),
-		BadChecksum: s.TCP.ChecksumErrors.Value() + s.UDP.ChecksumErrors.Value(),
-		Malformed:   s.IP.MalformedPacketsReceived.Value(),
+		Received:      s.IP.PacketsReceived.Value(),
+		BadChecksum:   s.TCP.ChecksumErrors.Value() + s.UDP.ChecksumErrors.Value(),
+		Malformed:     s.IP.MalformedPacketsReceived.Value(),
+		Sent:          s.IP.PacketsSent.Value(),
+		Lost:          n.link.lost.Load(),
+		Retransmitted: s.TCP.Retransmits.Value(),
 	}
+}
+
+// String is the counters in one line.
+func (s Stats) String() string {
+	return fmt.Sprintf("received %d (bad checksum %d, malformed %d), sent %d (no engine %d), retransmitted %d",
+		s.Received, s.BadChecksum, s.Malformed, s.Sent, s.Lost, s.Retransmitted)
 }
 
 // Dial connects to an address of the overlay, a literal IPv4 address and port.
@@ -263,7 +275,11 @@ func (n *Net) Dial(ctx context.Context, network, address string) (net.Conn, erro
 	if network[0] == 'u' {
 		return n.dialUDP(ap)
 	}
-	return gonet.DialContextTCP(ctx, n.stack, fullAddress(ap), ipv4.ProtocolNumber)
+	c, err := n.dialTCP(ctx, fullAddress(ap))
+	if err != nil {
+		return nil, &net.OpError{Op: "dial", Net: network, Addr: net.TCPAddrFromAddrPort(ap), Err: err}
+	}
+	return c, nil
 }
 
 // Listen accepts TCP connections on a port of our address; address is ":80", or
@@ -276,7 +292,11 @@ func (n *Net) Listen(network, address string) (net.Listener, error) {
 	if network[0] != 't' {
 		return nil, &net.OpError{Op: "listen", Net: network, Err: net.UnknownNetworkError(network)}
 	}
-	return gonet.ListenTCP(n.stack, fullAddress(ap), ipv4.ProtocolNumber)
+	l, err := n.listenTCP(fullAddress(ap))
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: network, Addr: net.TCPAddrFromAddrPort(ap), Err: err}
+	}
+	return l, nil
 }
 
 // ListenPacket receives UDP datagrams on a port of our address.

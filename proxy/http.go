@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -97,21 +96,13 @@ func (h *HTTP) connect(w http.ResponseWriter, r *http.Request, dial Dial) error 
 	if _, err := io.WriteString(c, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
 		return err
 	}
-	return joinConns(h.ctx, buffered{c, rw.Reader}, out)
-}
-
-// buffered is a connection some bytes of which were read already.
-type buffered struct {
-	net.Conn
-	r *bufio.Reader
-}
-
-func (b buffered) Read(p []byte) (int, error) { return b.r.Read(p) }
-
-// CloseWrite passes an end of the stream on.
-func (b buffered) CloseWrite() error {
-	if c, ok := b.Conn.(interface{ CloseWrite() error }); ok {
-		return c.CloseWrite()
+	// What the client sent without waiting for the answer was read already.
+	early, err := rw.Reader.Peek(rw.Reader.Buffered())
+	if err == nil && len(early) > 0 {
+		_, err = out.Write(early)
 	}
-	return b.Conn.Close()
+	if err != nil {
+		return fmt.Errorf("proxy: %w", err)
+	}
+	return joinConns(h.ctx, c, out)
 }

@@ -164,7 +164,8 @@ func joinConns(ctx context.Context, a, b net.Conn) error {
 // copyBuffer is how much is read at a time, in bytes: a few super-packets.
 const copyBuffer = 256 << 10
 
-// carry copies until from ends. Between sockets of the host the kernel does it.
+// carry copies until from ends. Between sockets of the host the kernel does it;
+// a connection that is no socket may know a better way to or from one.
 func carry(to, from net.Conn) error {
 	_, a := to.(*net.TCPConn)
 	_, b := from.(*net.TCPConn)
@@ -172,9 +173,26 @@ func carry(to, from net.Conn) error {
 		_, err := io.Copy(to, from)
 		return err
 	}
-	// io.Copy's own buffer is of 32 KiB, whichever side chooses it.
+	// The host's sockets have these methods too, which copy 32 KiB at a time.
+	if f, ok := from.(io.WriterTo); ok && !onHost(from) {
+		_, err := f.WriteTo(to)
+		return err
+	}
+	if t, ok := to.(io.ReaderFrom); ok && !onHost(to) {
+		_, err := t.ReadFrom(from)
+		return err
+	}
 	_, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, make([]byte, copyBuffer))
 	return err
+}
+
+// onHost reports whether c is a socket of the host.
+func onHost(c net.Conn) bool {
+	switch c.(type) {
+	case *net.TCPConn, *net.UnixConn:
+		return true
+	}
+	return false
 }
 
 // Forward is a -L or -R argument, [BIND:]PORT:HOST:HOSTPORT as ssh has it.

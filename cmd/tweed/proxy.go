@@ -8,7 +8,9 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"os/signal"
+	"runtime"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -72,7 +74,8 @@ reach one port from this host. The engine is found, or started, as by tweed run.
 		if err != nil {
 			return newUsageError(cmd, err)
 		}
-		p := &proxies{log: log}
+		tuneForCopying()
+		p := &proxies{log: log, out: cmd.OutOrStdout()}
 		defer p.close()
 		if err := p.listen(o); err != nil {
 			return err
@@ -90,11 +93,20 @@ reach one port from this host. The engine is found, or started, as by tweed run.
 			}
 			return err
 		}
-		p.print(cmd.OutOrStdout())
+		p.print()
 		<-ctx.Done()
 		return nil
 	}
 	return cmd
+}
+
+// tuneForCopying sets the runtime up for a program that mostly copies, beside an
+// engine and the programs it copies for: on more than half of the processors,
+// goroutines only chase each other between threads. The environment is heeded first.
+func tuneForCopying() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(max(1, runtime.NumCPU()/2))
+	}
 }
 
 // forwards reads -L and -R.
@@ -122,6 +134,7 @@ func (o *proxyOptions) forwards() (local, remote []proxy.Forward, err error) {
 // proxies are the servers around one netstack.
 type proxies struct {
 	log         *slog.Logger
+	out         io.Writer
 	socks, http net.Listener
 	net         *netstack.Net
 	closers     []io.Closer
@@ -195,9 +208,9 @@ func (p *proxies) say(format string, args ...any) {
 	p.lines = append(p.lines, fmt.Sprintf(format, args...))
 }
 
-func (p *proxies) print(w io.Writer) {
+func (p *proxies) print() {
 	for _, l := range p.lines {
-		fmt.Fprintln(w, l)
+		fmt.Fprintln(p.out, l)
 	}
 }
 
@@ -207,6 +220,9 @@ func (p *proxies) close() {
 		_ = p.closers[i].Close() // listeners are closed by their servers already
 	}
 	p.closers = nil
+	if p.net != nil {
+		fmt.Fprintln(p.out, "packets:", p.net.Stats())
+	}
 }
 
 // Attach implements netstack.Engine.

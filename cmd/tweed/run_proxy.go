@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -25,7 +26,10 @@ func (r *runner) withProxy(ctx context.Context, why string) error {
 	if err := parseAddress(r.options.address, &want); err != nil {
 		return err
 	}
-	p := &proxies{log: slog.New(slog.NewTextHandler(r.stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))}
+	p := &proxies{log: slog.New(slog.NewTextHandler(r.stderr, &slog.HandlerOptions{Level: slog.LevelWarn})), out: io.Discard}
+	if r.options.verbose {
+		p.out = r.stderr
+	}
 	defer p.close()
 	if err := p.listen(proxyOptions{socks: "127.0.0.1:0", http: "127.0.0.1:0"}); err != nil {
 		return err
@@ -36,9 +40,7 @@ func (r *runner) withProxy(ctx context.Context, why string) error {
 	if r.options.tier != "netstack" {
 		fmt.Fprintf(r.stderr, "tweed: run: no namespace for the command, so it gets a proxy into the overlay instead (tier netstack): %s\n", why)
 	}
-	if r.options.verbose {
-		p.print(r.stderr)
-	}
+	p.print()
 	cmd := exec.Command(r.path, r.args[1:]...)
 	cmd.Args[0] = r.args[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
