@@ -18,6 +18,7 @@ var (
 	errStalled = errors.New("the connection to etcd went silent")
 	errRewound = errors.New("etcd is older than before, or another cluster")
 	errDiffers = errors.New("the leases differ from what the watch delivered")
+	errReset   = errors.New("the connection to etcd is made anew")
 	errSettled = errors.New("the time to re-claim leases after a roll back is over")
 )
 
@@ -44,6 +45,8 @@ func (m *Manager) follow(ctx context.Context) {
 			// etcd is there, only the place where the watch stood is not.
 			m.log.Info("reading all leases again", "reason", err)
 			listed = false
+		case errors.Is(err, errReset):
+			// It is no news unless the next try fails.
 		default:
 			m.disconnected(err)
 		}
@@ -228,6 +231,9 @@ func (m *Manager) watch(ctx context.Context) (err error) {
 func (s *session) ended(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
+	}
+	if s.m.reg.wasReset(s.stream.gen) {
+		return errReset
 	}
 	return s.m.reg.explain(ctx, s.stream.err)
 }

@@ -1,6 +1,8 @@
 package lease
 
 import (
+	"fmt"
+	"log/slog"
 	"net/netip"
 	"strings"
 	"testing"
@@ -28,6 +30,32 @@ func TestANewAddressIsWrittenIntoTheSameLease(t *testing.T) {
 	// It is the lease that others are measured against from now on.
 	w.put("10.77.9.0-24", `{"PublicIP":"192.0.2.1"}`)
 	r.until("the old address is anybody's", hasPeer("10.77.9.0/24"))
+}
+
+// A connection that is closed because the address changed is no trouble to tell of.
+func TestANewAddressIsNoTroubleWithEtcd(t *testing.T) {
+	w := newWorld(t)
+	w.config(config16)
+	log := &logBuffer{}
+	w.log = slog.New(slog.NewTextHandler(log, nil))
+	r := w.run(w.node(1))
+	r.until("connected", func(s State) bool { return s.Connected })
+	for i := range 5 {
+		r.SetPublicIP(testIP(11 + i))
+		r.until("moved", movedTo(11+i))
+		// The watch is on the new connection when an event comes over it.
+		w.put("10.77.0.0-24", fmt.Sprintf(`{"PublicIP":%q}`, testIP(100+i)))
+		r.until("a lease from the watch", func(s State) bool {
+			l, _ := s.peer("10.77.0.0/24")
+			return l.PublicIP == testIP(100+i)
+		})
+	}
+	if n, moves := log.lines("not connected"), log.lines("own lease has the new address"); n != 0 || moves != 5 {
+		t.Errorf("%d lines say that etcd is away, %d that the lease has another address; want 0 and 5", n, moves)
+	}
+	if s := r.State(); s.LastError != "" {
+		t.Errorf("last error %q", s.LastError)
+	}
 }
 
 func TestAnAddressOfAnotherNodeIsNotTaken(t *testing.T) {

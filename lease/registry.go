@@ -80,6 +80,7 @@ type Registry struct {
 	mu     sync.Mutex
 	client *clientv3.Client
 	gen    int // counts clients; a stalled user names the one it means
+	reset  int // the one that Reset closed last
 	closed bool
 }
 
@@ -188,8 +189,18 @@ func (r *Registry) drop(gen int) {
 func (r *Registry) Reset() {
 	_, gen, err := r.current()
 	if err == nil {
+		r.mu.Lock()
+		r.reset = gen
+		r.mu.Unlock()
 		r.drop(gen)
 	}
+}
+
+// wasReset reports whether a client was closed on purpose.
+func (r *Registry) wasReset(gen int) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return gen != 0 && gen == r.reset
 }
 
 // newClient makes a client. With a user name it authenticates at once, which
