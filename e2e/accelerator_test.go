@@ -122,6 +122,26 @@ func TestAcceleratorLosesNothingSilentlyWhenTheUnderlayIsDown(t *testing.T) {
 	})
 }
 
+// TestPublicAddressElsewhereOnTheHost, as where each host announces an address
+// of its loopback: datagrams come from it, whoever carries them, or the others
+// take them for forged.
+func TestPublicAddressElsewhereOnTheHost(t *testing.T) {
+	w := newWorld(t, 2)
+	w.config(vxlanConfig)
+	const public = "198.51.100.1"
+	command(t, w.lan.Nodes[0], "ip", "address", "add", public+"/32", "dev", "lo")
+	for _, ns := range []*netns.Namespace{w.lan.Switch, w.lan.Nodes[1]} {
+		command(t, ns, "ip", "route", "add", public+"/32", "via", w.lan.Addr(0).String())
+	}
+	a, b := w.up(0, "--public-ip", public), w.up(1)
+	awaitPeers(1, a, b)
+	if got := a.status(); got.Listen[0].Addr.Addr().String() != public {
+		t.Fatalf("listens at %v, expected %s", got.Listen, public)
+	}
+	assertTraffic(t, a.host(), b.host(), 1<<20, []int{1, 1000, 9000})
+	assertNoDrops(t, a, b)
+}
+
 // TestAcceleratorComesBackWithTheInterface that was removed and made anew, as
 // drivers and hypervisors do with network cards.
 func TestAcceleratorComesBackWithTheInterface(t *testing.T) {

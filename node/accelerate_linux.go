@@ -36,9 +36,9 @@ const holdInterval = 10 * time.Millisecond
 
 // acceleratorHost is what an accelerator was made for.
 type acceleratorHost struct {
-	underlay int // interface index
-	addr     netip.Addr
-	whole    bool // the link carries super-packets without cutting them
+	underlay int        // interface index
+	addr     netip.Addr // of the sockets
+	whole    bool       // the link carries super-packets without cutting them
 }
 
 // state returns what DeviceStatus says.
@@ -153,7 +153,7 @@ func (r *runner) acceleratorHost() (acceleratorHost, error) {
 	if kind := l.Attrs().EncapType; kind != "ether" {
 		return acceleratorHost{}, fmt.Errorf("%w: underlay %s is not an Ethernet interface but %s", errNoHost, r.u.name, kind)
 	}
-	return acceleratorHost{underlay: r.u.index, addr: r.u.addr, whole: carriesWhole(l)}, nil
+	return acceleratorHost{underlay: r.u.index, addr: bindAddr(r.u, r.host), whole: carriesWhole(l)}, nil
 }
 
 // accelHolds lists why nothing may be carried past the workers at present.

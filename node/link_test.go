@@ -238,7 +238,7 @@ func TestPathMTUComesFromRouteOrInterfaceAndSeesLoops(t *testing.T) {
 	if _, err := o.ensure(testWant()); err != nil {
 		t.Fatal(err)
 	}
-	c := newPathCache(nl, o.index)
+	c := newPathCache(nl, o.index, addr("192.0.2.11"))
 	check := func(ip string, mtu int, loops bool) {
 		t.Helper()
 		if m, l := c.get(addr(ip)); m != mtu || l != loops {
@@ -276,6 +276,38 @@ func TestPathMTUComesFromRouteOrInterfaceAndSeesLoops(t *testing.T) {
 	}
 	if len(c.paths) != 1 {
 		t.Errorf("%d addresses are remembered, 1 is in use", len(c.paths))
+	}
+}
+
+// TestPathIsThatOfTheSource: hosts with two uplinks route by the source address.
+func TestPathIsThatOfTheSource(t *testing.T) {
+	o, nl, _ := testLink(t)
+	peer := addr("192.0.2.77")
+	c := newPathCache(nl, o.index, addr("192.0.2.11"))
+	if mtu, _ := c.get(peer); mtu != 1500 {
+		t.Fatalf("MTU %d, expected 1500", mtu)
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = "uplink2", 1400
+	uplink := &netlink.Veth{LinkAttrs: attrs, PeerName: "far2"}
+	rule := netlink.NewRule()
+	rule.Src, rule.Table, rule.Priority = ipNetOf(netip.MustParsePrefix("192.0.2.11/32")), 100, 100
+	err := errors.Join(nl.LinkAdd(uplink), nl.LinkSetUp(uplink), nl.LinkSetUp(mustLink(t, nl, "far2")), nl.RuleAdd(rule))
+	if err == nil {
+		err = nl.RouteAdd(&netlink.Route{LinkIndex: uplink.Index, Table: 100, Dst: ipNetOf(netip.PrefixFrom(peer, 32))})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.refresh(map[netip.Addr]bool{peer: true}) {
+		t.Error("the rule was not seen")
+	}
+	if mtu, _ := c.get(peer); mtu != 1400 || c.way(peer) != uplink.Index {
+		t.Errorf("MTU %d through interface %d, expected 1400 through %d", mtu, c.way(peer), uplink.Index)
+	}
+	c.leave(addr("192.0.2.12")) // not ours: no way, and nothing remembered
+	if mtu, _ := c.get(peer); mtu != 0 {
+		t.Errorf("MTU %d from an address that the host does not have", mtu)
 	}
 }
 

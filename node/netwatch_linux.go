@@ -38,7 +38,7 @@ func watchNet(log *slog.Logger) (*netWatch, error) {
 	go pump(links, w, func(netlink.LinkUpdate) bool { return true })
 	go pump(addrs, w, func(netlink.AddrUpdate) bool { return true })
 	go pump(routes, w, func(u netlink.RouteUpdate) bool {
-		return u.Family == unix.AF_INET && u.Table == unix.RT_TABLE_MAIN && u.Flags&unix.RTM_F_CLONED == 0
+		return u.Family == unix.AF_INET && u.Table != unix.RT_TABLE_LOCAL && u.Flags&unix.RTM_F_CLONED == 0
 	})
 	return w, nil
 }

@@ -85,7 +85,7 @@ func (r *runner) plan(cfg lease.NetworkConfig) error {
 // openDevice makes the TUN device, still down.
 func (r *runner) openDevice() error {
 	if r.cfg.AttachOnly {
-		r.path = newPathCache(r.nl, 0)
+		r.path = newPathCache(r.nl, 0, bindAddr(r.u, r.host))
 		return nil
 	}
 	mtu := r.overlay.mtu
@@ -102,7 +102,7 @@ func (r *runner) openDevice() error {
 		return err
 	}
 	r.dev, r.link, r.events = dev, link, dev.Events()
-	r.path = newPathCache(r.nl, link.index)
+	r.path = newPathCache(r.nl, link.index, bindAddr(r.u, r.host))
 	return nil
 }
 

@@ -16,15 +16,22 @@ type pathInfo struct {
 // pathCache remembers the way to every peer, because asking costs a system
 // call per peer and the answer changes only with links and routes.
 type pathCache struct {
-	nl  *netlink.Handle
-	tun int // index of our own device
+	nl   *netlink.Handle
+	tun  int        // index of our own device
+	from netip.Addr // source of the datagrams, which rules may route by
 	// links are the MTUs of interfaces by index, filled on demand.
 	links map[int]int
 	paths map[netip.Addr]pathInfo
 }
 
-func newPathCache(nl *netlink.Handle, tun int) *pathCache {
-	return &pathCache{nl: nl, tun: tun, links: map[int]int{}, paths: map[netip.Addr]pathInfo{}}
+func newPathCache(nl *netlink.Handle, tun int, from netip.Addr) *pathCache {
+	return &pathCache{nl: nl, tun: tun, from: from, links: map[int]int{}, paths: map[netip.Addr]pathInfo{}}
+}
+
+// leave is called when the datagrams have another source: all ways may be others.
+func (c *pathCache) leave(from netip.Addr) {
+	c.from = from
+	clear(c.paths)
 }
 
 // get answers from memory when it can.
@@ -67,7 +74,7 @@ func (c *pathCache) refresh(inUse map[netip.Addr]bool) bool {
 // ask looks in the routing table itself, not in what the kernel learnt from
 // ICMP: a forged "fragmentation needed" must not shrink the path.
 func (c *pathCache) ask(ip netip.Addr) pathInfo {
-	rs, err := c.nl.RouteGetWithOptions(ip.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+	rs, err := c.nl.RouteGetWithOptions(ip.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true, SrcAddr: c.from.AsSlice()})
 	if err != nil || len(rs) == 0 {
 		return pathInfo{}
 	}

@@ -57,6 +57,7 @@ func (r *runner) moveUnderlay(gone error) error {
 	}
 	r.log.Warn("underlay address changed", "why", gone, "interface", u.name, "address", u.addr, "public_ip", u.publicIP)
 	r.u, r.host, r.told = u, h, false
+	r.path.leave(bindAddr(r.u, r.host))
 	from := r.overlay.listen
 	r.overlay.listen = slices.Clone(from)
 	for i := range r.overlay.listen {
