@@ -43,6 +43,9 @@ type Config struct {
 	// Way returns the index of the interface the route to an underlay address
 	// leads through. Peers that are not reached through Underlay are not served.
 	Way func(netip.Addr) int
+	// Refused counts the writes to the TUN device that the kernel has among the
+	// packets it dropped there; nil for none.
+	Refused func() uint64
 }
 
 // Accelerator is a pair of attached programs and their maps. Its methods are
@@ -284,7 +287,11 @@ func (a *Accelerator) backlogDrops() uint64 {
 	if err != nil || l.Attrs().Statistics == nil {
 		return a.dropped
 	}
-	return l.Attrs().Statistics.RxDropped
+	n := l.Attrs().Statistics.RxDropped
+	if a.cfg.Refused != nil {
+		n -= min(n, a.cfg.Refused())
+	}
+	return n
 }
 
 var _ engine.Bypass = (*Accelerator)(nil)

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -140,6 +141,25 @@ func TestPublicAddressElsewhereOnTheHost(t *testing.T) {
 	}
 	assertTraffic(t, a.host(), b.host(), 1<<20, []int{1, 1000, 9000})
 	assertNoDrops(t, a, b)
+}
+
+// TestAcceleratorWaitsForTheDevice: packets that arrive while a node starts are
+// dropped for what it is, a device that is not up, not for a full queue.
+func TestAcceleratorWaitsForTheDevice(t *testing.T) {
+	w, a, b := accelerated(t, vxlanConfig)
+	s := stream(t, b.host(), a.host())
+	awaitFlow(w, s, 200)
+	for range 3 {
+		a.end(syscall.SIGKILL)
+		a.again()
+		awaitFlow(w, s, 200)
+		awaitAccelerator(a, "on", "")
+		if l := a.status().Ledger.Rx; l.Drops["backlog-full"] != 0 {
+			t.Fatalf("received: %+v", l)
+		}
+		assertInKernel(t, a, b, true)
+	}
+	s.Stop()
 }
 
 // TestAcceleratorComesBackWithTheInterface that was removed and made anew, as

@@ -80,7 +80,7 @@ func (r *runner) tryAccelerator() error {
 	cfg := accel.Config{
 		TUN: r.link.index, Underlay: host.underlay, Local: host.addr,
 		Sources: r.eng.SourcePorts(), Whole: host.whole, MTU: r.overlay.mtu,
-		Way: r.path.way,
+		Way: r.path.way, Refused: r.dev.Refused,
 	}
 	for _, at := range r.eng.Listening() {
 		switch at.Framing {
@@ -134,11 +134,16 @@ func (r *runner) checkAccelerator() {
 // holdAccelerator looks at once, not only when changes have settled, whether the
 // accelerator has to stand back, unless it did so a moment ago.
 func (r *runner) holdAccelerator() {
-	if r.acc.Accelerator == nil || time.Since(r.acc.heldAt) < holdInterval {
-		return
+	if time.Since(r.acc.heldAt) >= holdInterval {
+		r.lookAtHolds()
 	}
-	r.acc.Hold(r.accelHolds())
-	r.acc.heldAt = time.Now()
+}
+
+func (r *runner) lookAtHolds() {
+	if r.acc.Accelerator != nil {
+		r.acc.Hold(r.accelHolds())
+		r.acc.heldAt = time.Now()
+	}
 }
 
 // errNoHost says that there is nothing to attach to at present.
@@ -159,8 +164,14 @@ func (r *runner) acceleratorHost() (acceleratorHost, error) {
 // accelHolds lists why nothing may be carried past the workers at present.
 func (r *runner) accelHolds() []string {
 	var holds []string
-	if l, err := r.link.get(); err == nil && l.Attrs().Promisc > 0 {
-		holds = append(holds, fmt.Sprintf("%s is promiscuous: whoever listens there shall see every packet", r.link.name))
+	if l, err := r.link.get(); err == nil {
+		if l.Attrs().Promisc > 0 {
+			holds = append(holds, fmt.Sprintf("%s is promiscuous: whoever listens there shall see every packet", r.link.name))
+		}
+		if l.Attrs().Flags&net.FlagUp == 0 {
+			// The kernel would count what is for it among what found no room.
+			holds = append(holds, fmt.Sprintf("%s is down", r.link.name))
+		}
 	}
 	if l, err := r.nl.LinkByIndex(r.u.index); err == nil && isDown(l.Attrs()) {
 		// A socket says so of each packet, the programs would not hear of it.

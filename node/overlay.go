@@ -184,6 +184,7 @@ func (r *runner) forward() error {
 	}
 	r.linkUp = true
 	if len(changed) > 0 {
+		r.lookAtHolds() // it waits for the device to be up
 		r.log.Info("device configured", "device", r.name, "changed", strings.Join(changed, ", "))
 	}
 	return nil

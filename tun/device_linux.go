@@ -203,6 +203,16 @@ func (d *Device) Name() string { return d.name }
 // Queues returns the queues, one for each worker.
 func (d *Device) Queues() []*Queue { return d.queues }
 
+// Refused is how many of the writes to its queues the kernel counts in the
+// device's rx_dropped, beside what it dropped itself.
+func (d *Device) Refused() uint64 {
+	n := uint64(0)
+	for _, q := range d.queues {
+		n += q.refused.Load()
+	}
+	return n
+}
+
 // Offload returns the rung in use.
 func (d *Device) Offload() Offload { return d.offload }
 

@@ -94,7 +94,7 @@ func (w *Writer) item(c *Coalescer, it *item, res *Written) bool {
 		n++
 	}
 	res.Writes++
-	e := it.queue.writev(it.queue.fd, w.iovs[:n])
+	e := it.queue.put(w.iovs[:n])
 	if e == unix.EINVAL && it.parts > 1 {
 		// Some kernels refuse coalesced writes (e269d79c7d35 and its backports,
 		// until 89add40066f9); the packets themselves are good.
@@ -142,7 +142,7 @@ func (w *Writer) flushParts(c *Coalescer, it *item, res *Written) {
 			h = vnetHdr{}
 		}
 		res.Writes++
-		if e := it.queue.writev(it.queue.fd, w.iovs[:w.start(it.queue, &h, pkt)]); e == 0 {
+		if e := it.queue.put(w.iovs[:w.start(it.queue, &h, pkt)]); e == 0 {
 			res.Packets++
 			res.Bytes += uint64(len(pkt))
 			if res.Wrote != nil {
