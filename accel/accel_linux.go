@@ -69,13 +69,14 @@ type Accelerator struct {
 	// lost is the TUN's count of packets dropped before delivery when we came,
 	// dropped the one last read.
 	lost, dropped uint64
-	failed        error // of the last write to a map
+	failed        error  // of the last write to a map
+	settle        func() // settle, but for tests
 }
 
 // New loads and attaches the programs. They serve nobody until Follow is
 // called. The error says what the host lacks.
 func New(cfg Config) (*Accelerator, error) {
-	a := &Accelerator{cfg: cfg}
+	a := &Accelerator{cfg: cfg, settle: settle}
 	if err := a.open(); err != nil {
 		a.Close()
 		return nil, fmt.Errorf("accelerator: %w", err)
@@ -161,7 +162,7 @@ func (a *Accelerator) retract(want map[netip.Prefix]accelPeer) {
 	a.check(a.mirror.retract(want))
 	if a.mirror.took {
 		a.mirror.took = false
-		settle()
+		a.settle()
 	}
 }
 
@@ -225,7 +226,7 @@ func (a *Accelerator) configure() {
 	off := a.config.Flags &^ c.Flags & (flagSending | flagReceiving)
 	a.config = c
 	if off != 0 {
-		settle()
+		a.settle()
 	}
 }
 

@@ -55,7 +55,7 @@ func testConfig() Config {
 // loaded is an Accelerator whose programs are attached to nothing.
 func loaded(t testing.TB) *Accelerator {
 	t.Helper()
-	a := &Accelerator{cfg: testConfig()}
+	a := &Accelerator{cfg: testConfig(), settle: settle}
 	if err := loadAccelObjects(&a.objs, nil); err != nil {
 		var verifier *ebpf.VerifierError
 		switch {

@@ -26,15 +26,17 @@ const patience = 20 * time.Second
 // bench is a node with a TUN device whose queue nobody serves but the test, and
 // the far end of its underlay.
 type bench struct {
-	t     *testing.T
-	a     *Accelerator
-	queue *tun.Queue
-	batch *tun.ReadBatch
-	host  int // packet socket: what it sends leaves through the TUN device
-	wire  int // packet socket: IPv4 frames that arrive at the peers
-	tun   int // interface index
-	peers []table.Peer
-	node  netip.Addr
+	t          *testing.T
+	a          *Accelerator
+	queue      *tun.Queue
+	batch      *tun.ReadBatch
+	host       int // packet socket: what it sends leaves through the TUN device
+	wire       int // packet socket: IPv4 frames that arrive at the peers
+	tun        int // interface index
+	dev        *tun.Device
+	home, away *netns.Namespace // the node's and the far end's
+	peers      []table.Peer
+	node       netip.Addr
 }
 
 // newBench builds one. The peers all live at the far end.
@@ -52,7 +54,7 @@ func newBench(t *testing.T, whole bool) *bench {
 			t.Error(err)
 		}
 	})
-	b := &bench{t: t, host: -1, wire: -1, node: lan.Addr(0)}
+	b := &bench{t: t, host: -1, wire: -1, node: lan.Addr(0), home: lan.Nodes[0], away: lan.Nodes[1]}
 	t.Cleanup(func() { unix.Close(b.host); unix.Close(b.wire) })
 	if b.batch, err = tun.NewReadBatch(); err != nil {
 		t.Fatal(err)
@@ -87,7 +89,7 @@ func (b *bench) open(whole bool) error {
 		return err
 	}
 	b.t.Cleanup(func() { dev.Close() })
-	b.queue = dev.Queues()[0]
+	b.dev, b.queue = dev, dev.Queues()[0]
 	l, err := netlink.LinkByName("tweed0")
 	if err != nil {
 		return err
@@ -111,7 +113,7 @@ func (b *bench) open(whole bool) error {
 	}
 	cfg := testConfig()
 	cfg.TUN, cfg.Underlay, cfg.Local, cfg.Whole = b.tun, under.Attrs().Index, b.node, whole
-	cfg.Way = func(netip.Addr) int { return cfg.Underlay }
+	cfg.Way, cfg.Refused = func(netip.Addr) int { return cfg.Underlay }, dev.Refused
 	if b.a, err = New(cfg); err != nil {
 		if errors.Is(err, unix.EPERM) || errors.Is(err, ErrUnsupported) {
 			impossible(b.t, err)
