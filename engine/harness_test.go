@@ -56,16 +56,18 @@ func peerMAC(i int) table.MAC { return table.MAC{2, 0, 0, 0, 2, byte(i)} }
 // harness is an engine whose threads do not run: the test moves every packet.
 // The host and the peers are socket pairs and loopback sockets.
 type harness struct {
-	t     testing.TB
-	e     *Engine
-	tx    *txWorker
-	host  int // the host's end of the TUN
-	queue *tun.Queue
-	peers [stranger + 1]*encap.Socket
-	ns    *netns.Namespace
-	read  *encap.RecvBatch
-	snap  Snapshot
-	seen  Stats
+	t    testing.TB
+	e    *Engine
+	tx   *txWorker
+	host int // the host's end of the TUN
+	// shared gives ports shared memory.
+	shared bool
+	queue  *tun.Queue
+	peers  [stranger + 1]*encap.Socket
+	ns     *netns.Namespace
+	read   *encap.RecvBatch
+	snap   Snapshot
+	seen   Stats
 }
 
 func newHarness(t testing.TB) *harness { return newHarnessAt(t, tun.OffloadFull) }

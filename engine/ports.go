@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -41,6 +42,9 @@ type port struct {
 	PortInfo
 	addr uint32
 	gone atomic.Bool
+	// greeted is set when the worker has seen a port with shared memory; it is the
+	// worker's.
+	greeted bool
 }
 
 // source is where a transmit worker reads.
@@ -70,6 +74,10 @@ type portSource struct {
 	ports  atomic.Pointer[map[int32]*port]
 	events [32]unix.EpollEvent
 	ready  []unix.EpollEvent // of events, not yet served
+	// awake are the ports with shared memory that are not asleep: they are looked at
+	// without being asked for. next is whose turn it is.
+	awake []*port
+	next  int
 }
 
 func newPortSource() (*portSource, error) {
@@ -84,35 +92,96 @@ func newPortSource() (*portSource, error) {
 
 func (s *portSource) FD() int { return s.epoll }
 
-func (s *portSource) More(b *tun.ReadBatch) bool { return b.Full() || len(s.ready) > 0 }
+func (s *portSource) More(b *tun.ReadBatch) bool {
+	return b.Full() || len(s.ready) > 0 || len(s.awake) > 0
+}
 
 func (s *portSource) TryRead(b *tun.ReadBatch) (*tun.Queue, *port, error) {
-	if len(s.ready) == 0 {
-		n, err := unix.EpollWait(s.epoll, s.events[:], 0)
-		if err != nil && !errors.Is(err, unix.EINTR) {
-			return nil, nil, fmt.Errorf("engine: epoll: %w", err)
-		}
-		s.ready = s.events[:max(n, 0)]
-	}
 	ports := *s.ports.Load()
-	for len(s.ready) > 0 {
-		p := ports[s.ready[0].Fd]
-		s.ready = s.ready[1:]
-		if p == nil {
-			continue
+	for {
+		if len(s.ready) == 0 {
+			n, err := unix.EpollWait(s.epoll, s.events[:], 0)
+			if err != nil && !errors.Is(err, unix.EINTR) {
+				return nil, nil, fmt.Errorf("engine: epoll: %w", err)
+			}
+			s.ready = s.events[:max(n, 0)]
 		}
-		if err := p.Queue.TryRead(b); err != nil {
-			// One dead container is no reason to stop serving the others.
-			p.gone.Store(true)
-			_ = unix.EpollCtl(s.epoll, unix.EPOLL_CTL_DEL, p.Queue.FD(), nil)
-			continue
+		for len(s.ready) > 0 {
+			p := ports[s.ready[0].Fd]
+			s.ready = s.ready[1:]
+			if p == nil {
+				continue
+			}
+			if p.Queue.HasRing() {
+				s.rung(p)
+				continue
+			}
+			if s.read(p, b) {
+				return p.Queue, p, nil
+			}
 		}
-		if len(b.Packets()) > 0 {
+		if len(s.awake) == 0 {
+			b.Clear()
+			return nil, nil, nil
+		}
+		if p := s.readAwake(ports, b); p != nil {
 			return p.Queue, p, nil
 		}
 	}
-	b.Clear()
-	return nil, nil, nil
+}
+
+// read reports whether there were packets. One dead container is no reason to
+// stop serving the others.
+func (s *portSource) read(p *port, b *tun.ReadBatch) bool {
+	if err := p.Queue.TryRead(b); err != nil {
+		s.lose(p)
+		return false
+	}
+	return len(b.Packets()) > 0
+}
+
+func (s *portSource) lose(p *port) {
+	p.gone.Store(true)
+	_ = unix.EpollCtl(s.epoll, unix.EPOLL_CTL_DEL, p.Queue.FD(), nil)
+}
+
+// rung wakes a port.
+func (s *portSource) rung(p *port) {
+	err := p.Queue.Rung()
+	if err == nil && !p.greeted {
+		p.greeted = true
+		ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(p.ID)}
+		err = unix.EpollCtl(s.epoll, unix.EPOLL_CTL_MOD, p.Queue.FD(), &ev)
+	}
+	if err != nil {
+		s.lose(p)
+		return
+	}
+	if !slices.Contains(s.awake, p) {
+		s.awake = append(s.awake, p)
+	}
+}
+
+// readAwake reads from the ports that are awake, in turn, and returns the one
+// that had packets. Those that have none go to sleep.
+func (s *portSource) readAwake(ports map[int32]*port, b *tun.ReadBatch) *port {
+	for len(s.awake) > 0 {
+		s.next %= len(s.awake)
+		p := s.awake[s.next]
+		if ports[int32(p.ID)] == p && !p.gone.Load() {
+			if s.read(p, b) {
+				s.next++
+				return p
+			}
+			if !p.gone.Load() && !p.Queue.Sleep() {
+				continue
+			}
+		}
+		last := len(s.awake) - 1
+		s.awake[s.next], s.awake[last] = s.awake[last], nil
+		s.awake = s.awake[:last]
+	}
+	return nil
 }
 
 func (s *portSource) add(p *port) error {
@@ -120,6 +189,11 @@ func (s *portSource) add(p *port) error {
 	m[int32(p.ID)] = p
 	s.ports.Store(&m)
 	ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(p.ID)}
+	if p.Queue.HasRing() {
+		// The socket can be written to, so the worker looks once without being rung
+		// for: what came before it was there would wait forever.
+		ev.Events |= unix.EPOLLOUT
+	}
 	if err := unix.EpollCtl(s.epoll, unix.EPOLL_CTL_ADD, p.Queue.FD(), &ev); err != nil {
 		s.remove(p)
 		return fmt.Errorf("engine: watch port %s: %w", p.Name, err)
@@ -245,8 +319,9 @@ func (e *Engine) settle() {
 var errOffsets = errors.New("engine: checksum offsets outside the packet")
 
 // switched delivers a packet from a port, or from the host to a port, on this
-// node. It reports false when the destination is nobody here.
-func (w *txWorker) switched(v *view, p *tun.Packet, ip []byte, segments, bytes uint64) bool {
+// node. It reports false when the destination is nobody here. The end of ip lies
+// in tail, unless that is empty.
+func (w *txWorker) switched(v *view, p *tun.Packet, ip, tail []byte, segments, bytes uint64) bool {
 	var q *tun.Queue
 	dst := binary.BigEndian.Uint32(ip[16:])
 	if to := v.ports[dst]; to != nil && to != w.from {
@@ -264,16 +339,18 @@ func (w *txWorker) switched(v *view, p *tun.Packet, ip []byte, segments, bytes u
 	var err error
 	switch {
 	case q.Offload() != tun.OffloadNone:
-		err = q.Forward(&p.Header, ip)
+		err = q.Forward(&w.scratch, &p.Header, ip[:len(ip)-len(tail)], tail)
 	case p.Super():
+		w.batch.Bytes(p, 0)
 		err = w.forwardSplit(q, ip)
 	default:
+		w.batch.Bytes(p, 0)
 		// The other side knows no unfinished checksums.
 		if p.Partial() && !p.Complete(ip) {
 			err = errOffsets
 			break
 		}
-		err = q.WritePacket(ip)
+		err = q.Forward(&w.scratch, &tun.Header{}, ip, nil)
 	}
 	if err != nil {
 		w.tally.drop(TxLocalError, segments)
@@ -302,7 +379,7 @@ func (w *txWorker) forwardSplit(q *tun.Queue, ip []byte) error {
 			return nil
 		}
 		n := hl + copy(scratch[hl:], payload)
-		if err := q.WritePacket(scratch[:n]); err != nil {
+		if err := q.Forward(&w.scratch, &tun.Header{}, scratch[:n], nil); err != nil {
 			return err
 		}
 	}

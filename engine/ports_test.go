@@ -10,6 +10,7 @@ import (
 
 	"tweed/encap"
 	"tweed/tun"
+	"tweed/tun/ring"
 	"tweed/tun/tuntest"
 )
 
@@ -18,6 +19,9 @@ type container struct {
 	Port
 	id PortID
 	fd int
+	// out and in are nil without shared memory.
+	out *ring.Producer
+	in  *ring.Consumer
 }
 
 // attach adds a port with the test's hands on the worker that serves it.
@@ -27,8 +31,12 @@ func (h *harness) attach(name string, addr netip.Addr) *container {
 
 func (h *harness) attachAt(name string, addr netip.Addr, rung tun.Offload) *container {
 	h.t.Helper()
-	q, fd := pairQueue(h.t, rung)
-	c := &container{Port: Port{Name: name, Addr: addr, Queue: q}, fd: fd}
+	c := &container{Port: Port{Name: name, Addr: addr}}
+	if h.shared {
+		c.share(h.t, rung)
+	} else {
+		c.Queue, c.fd = pairQueue(h.t, rung)
+	}
 	var err error
 	if c.id, err = h.e.Attach(c.Port); err != nil {
 		h.t.Fatal(err)
@@ -36,18 +44,93 @@ func (h *harness) attachAt(name string, addr netip.Addr, rung tun.Offload) *cont
 	return c
 }
 
+// share makes a port with shared memory, and the program at its other end.
+func (c *container) share(t testing.TB, rung tun.Offload) {
+	t.Helper()
+	r, memory, err := tun.NewRing()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(memory)
+	defer r.Close()
+	m, err := ring.Map(memory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Release)
+	c.out, c.in = m.Ends(ring.Program)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fds[1]) })
+	c.fd = fds[1]
+	if c.Queue, err = tun.QueueFromFD(fds[0], tun.FDConfig{Offload: rung, Ring: r}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// write sends from the container.
+func (c *container) write(t testing.TB, raw []byte) {
+	t.Helper()
+	if c.out == nil {
+		if _, err := unix.Write(c.fd, raw); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	s, ok := c.out.Reserve(len(raw))
+	if !ok {
+		t.Fatal("no room")
+	}
+	copy(s.Bytes, raw)
+	if c.out.Commit(s) {
+		if _, err := unix.Write(c.fd, []byte{0}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// read returns what has come to the container.
+func (c *container) read(t testing.TB) (out [][]byte) {
+	t.Helper()
+	if c.in == nil {
+		return readAll(t, c.fd)
+	}
+	for {
+		b, ok, err := c.in.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !ok {
+			return out
+		}
+		out = append(out, bytes.Clone(b))
+		c.in.Release()
+	}
+}
+
 // fromPort puts what a container sends into its port and serves the ports.
 func (h *harness) fromPort(c *container, raw ...[]byte) {
 	h.t.Helper()
 	for _, r := range raw {
-		if _, err := unix.Write(c.fd, r); err != nil {
-			h.t.Fatal(err)
-		}
+		c.write(h.t, r)
 	}
 	host := h.tx.source
 	h.tx.source = h.e.ports
 	defer func() { h.tx.source = host }()
 	h.serve()
+}
+
+// eachWay runs a test with ports that are sockets, and that are shared memory.
+func eachWay(t *testing.T, test func(*testing.T, *harness)) {
+	for _, shared := range []bool{false, true} {
+		t.Run(map[bool]string{false: "socket", true: "shared memory"}[shared], func(t *testing.T) {
+			h := newHarness(t)
+			h.shared = shared
+			test(t, h)
+		})
+	}
 }
 
 func (c *container) packet(p tuntest.Packet) tuntest.Packet {
@@ -57,8 +140,9 @@ func (c *container) packet(p tuntest.Packet) tuntest.Packet {
 
 // The harness's engine has no device of its own, so its only pair serves the
 // ports; the test serves the host from it as well.
-func TestPortsReachPeersAndEachOther(t *testing.T) {
-	h := newHarness(t)
+func TestPortsReachPeersAndEachOther(t *testing.T) { eachWay(t, portsReachPeersAndEachOther) }
+
+func portsReachPeersAndEachOther(t *testing.T, h *harness) {
 	a, b := h.attach("a", inside(-1, 20)), h.attach("b", inside(-1, 21))
 	// To a peer, and from it.
 	p := a.packet(to(vxlanPeer, udp(100)))
@@ -69,7 +153,7 @@ func TestPortsReachPeersAndEachOther(t *testing.T) {
 	p = from(vxlanPeer, udp(100))
 	p.Dst = a.Addr
 	h.transmit(h.peers[vxlanPeer], encap.FramingVXLAN, 0, framed(encap.FramingVXLAN, vxlanPeer, p.Bytes()))
-	if w := readAll(t, a.fd); len(w) != 1 || !bytes.Equal(w[0], plain(p)) {
+	if w := a.read(t); len(w) != 1 || !bytes.Equal(w[0], plain(p)) {
 		t.Errorf("from a peer: % x", w)
 	}
 	// To each other: single, partial and super, as they came.
@@ -81,7 +165,7 @@ func TestPortsReachPeersAndEachOther(t *testing.T) {
 		tuntest.Virtio{Flags: 1, CsumStart: 20, CsumOffset: 6}.Prepend(partial.Bytes())}
 	h.change()
 	h.fromPort(a, sent...)
-	if w := readAll(t, b.fd); !equalPackets(w, sent) {
+	if w := b.read(t); !equalPackets(w, sent) {
 		t.Errorf("to each other: %d packets of %d, or changed", len(w), len(sent))
 	}
 	if s := h.change(); s.Tx.Delivered != 1+9+1 || s.Tx.Packets != 11 || s.Tx.Bytes != s.Tx.DeliveredBytes {
@@ -89,7 +173,7 @@ func TestPortsReachPeersAndEachOther(t *testing.T) {
 	}
 	// From the host, and an address of ours that nobody has goes to the host.
 	h.send(plain(tuntest.Packet{Src: inside(-1, 0), Dst: a.Addr, Proto: 99}))
-	if w := readAll(t, a.fd); len(w) != 1 {
+	if w := a.read(t); len(w) != 1 {
 		t.Errorf("from the host: %d", len(w))
 	}
 	p.Dst = inside(-1, 77)
@@ -100,8 +184,9 @@ func TestPortsReachPeersAndEachOther(t *testing.T) {
 	h.quiet()
 }
 
-func TestPortMaySendFromItsAddressOnly(t *testing.T) {
-	h := newHarness(t)
+func TestPortMaySendFromItsAddressOnly(t *testing.T) { eachWay(t, portMaySendFromItsAddressOnly) }
+
+func portMaySendFromItsAddressOnly(t *testing.T, h *harness) {
 	a, b := h.attach("a", inside(-1, 20)), h.attach("b", inside(-1, 21))
 	h.change()
 	for _, src := range []netip.Addr{b.Addr, inside(-1, 0), inside(udpPeer, 5), netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("8.8.8.8")} {
@@ -112,7 +197,7 @@ func TestPortMaySendFromItsAddressOnly(t *testing.T) {
 			if s := h.change(); s.Tx.Drops != drops(TxForeignSource, 4) || s.Tx.Packets != 4 || s.ICMPSent != 0 {
 				t.Errorf("%v to %v: %+v", src, dst, s.Tx)
 			}
-			if n := len(readAll(t, a.fd)) + len(readAll(t, b.fd)); n > 0 {
+			if n := len(a.read(t)) + len(b.read(t)); n > 0 {
 				t.Errorf("%v to %v: %d packets", src, dst, n)
 			}
 		}
@@ -120,21 +205,23 @@ func TestPortMaySendFromItsAddressOnly(t *testing.T) {
 	h.quiet()
 }
 
-func TestPortDoesNotHearItself(t *testing.T) {
-	h := newHarness(t)
+func TestPortDoesNotHearItself(t *testing.T) { eachWay(t, portDoesNotHearItself) }
+
+func portDoesNotHearItself(t *testing.T, h *harness) {
 	a := h.attach("a", inside(-1, 20))
 	p := a.packet(tuntest.Packet{Proto: 99}) // 8 bytes short of an answer
 	p.Dst = a.Addr
 	h.change()
 	h.fromPort(a, plain(p))
-	if s := h.change(); s.Tx.Drops != drops(TxNoRoute, 1) || len(readAll(t, a.fd)) != 0 {
+	if s := h.change(); s.Tx.Drops != drops(TxNoRoute, 1) || len(a.read(t)) != 0 {
 		t.Errorf("%+v", s.Tx)
 	}
 }
 
 // A container whose side takes no super-packets gets segments with checksums.
-func TestPlainPortGetsPlainPackets(t *testing.T) {
-	h := newHarness(t)
+func TestPlainPortGetsPlainPackets(t *testing.T) { eachWay(t, plainPortGetsPlainPackets) }
+
+func plainPortGetsPlainPackets(t *testing.T, h *harness) {
 	a, b := h.attach("a", inside(-1, 20)), h.attachAt("b", inside(-1, 21), tun.OffloadNone)
 	super, partial := a.packet(tcp(9300)), a.packet(udp(10))
 	super.Dst, partial.Dst, partial.Sum = b.Addr, b.Addr, tuntest.Partial
@@ -147,7 +234,7 @@ func TestPlainPortGetsPlainPackets(t *testing.T) {
 	for i, w := range want {
 		want[i] = tuntest.Virtio{}.Prepend(w)
 	}
-	if w := readAll(t, b.fd); !equalPackets(w, want) {
+	if w := b.read(t); !equalPackets(w, want) {
 		t.Errorf("%d packets, want %d, or changed", len(w), len(want))
 	}
 	// And what a peer sends in a train is not merged for it.
@@ -158,7 +245,7 @@ func TestPlainPortGetsPlainPackets(t *testing.T) {
 		in = append(in, p.Bytes())
 	}
 	h.transmit(h.segmenting(udpPeer), encap.FramingUDP, 0, in...)
-	if w := readAll(t, b.fd); len(w) != 5 {
+	if w := b.read(t); len(w) != 5 {
 		t.Errorf("%d packets from a train of 5", len(w))
 	}
 }
@@ -166,14 +253,17 @@ func TestPlainPortGetsPlainPackets(t *testing.T) {
 // A container with a packet socket writes the virtio header itself: it must not
 // get its source address rewritten after it has been checked.
 func TestPortCannotForgeThroughTheChecksum(t *testing.T) {
-	h := newHarness(t)
+	eachWay(t, portCannotForgeThroughTheChecksum)
+}
+
+func portCannotForgeThroughTheChecksum(t *testing.T, h *harness) {
 	a, b := h.attach("a", inside(-1, 20)), h.attachAt("b", inside(-1, 21), tun.OffloadNone)
 	for off := uint16(0); off < 20; off += 2 {
 		remote, local := a.packet(to(udpPeer, udp(10))), a.packet(udp(10))
 		local.Dst = b.Addr
 		v := tuntest.Virtio{Flags: tuntest.NeedsCsum, CsumOffset: off}
 		h.fromPort(a, v.Prepend(remote.Bytes()), v.Prepend(local.Bytes()))
-		if n := len(readAll(t, b.fd)); n > 0 {
+		if n := len(b.read(t)); n > 0 {
 			t.Errorf("field at %d: %d packets at the other port", off, n)
 		}
 		h.quiet()
@@ -183,8 +273,9 @@ func TestPortCannotForgeThroughTheChecksum(t *testing.T) {
 	}
 }
 
-func TestBrokenPortCostsItsOwnPacketsOnly(t *testing.T) {
-	h := newHarness(t)
+func TestBrokenPortCostsItsOwnPacketsOnly(t *testing.T) { eachWay(t, brokenPortCostsItsOwnPacketsOnly) }
+
+func brokenPortCostsItsOwnPacketsOnly(t *testing.T, h *harness) {
 	a, b := h.attach("a", inside(-1, 20)), h.attach("b", inside(-1, 21))
 	if err := unix.Shutdown(b.fd, unix.SHUT_RDWR); err != nil {
 		t.Fatal(err)
@@ -205,8 +296,9 @@ func TestBrokenPortCostsItsOwnPacketsOnly(t *testing.T) {
 	}
 }
 
-func TestDetachClosesAndForgets(t *testing.T) {
-	h := newHarness(t)
+func TestDetachClosesAndForgets(t *testing.T) { eachWay(t, detachClosesAndForgets) }
+
+func detachClosesAndForgets(t *testing.T, h *harness) {
 	a := h.attach("a", inside(-1, 20))
 	if err := h.e.Detach(a.id); err != nil {
 		t.Fatal(err)
@@ -267,7 +359,7 @@ func TestPortsSurviveASnapshot(t *testing.T) {
 	p := from(udpPeer, udp(10))
 	p.Dst = a.Addr
 	h.transmit(h.peers[udpPeer], encap.FramingUDP, 0, p.Bytes())
-	if w := readAll(t, a.fd); len(w) != 1 {
+	if w := a.read(t); len(w) != 1 {
 		t.Errorf("%d packets", len(w))
 	}
 }

@@ -48,6 +48,7 @@ type txWorker struct {
 	outs     [1 + vxlanSources]out // 0: udp framing
 	hdrs     []byte
 	hdrPos   int
+	scratch  tun.Scratch
 	local    uint32 // underlay address, host byte order
 	// refused tells the tap of a segment that was not sent.
 	refused func(id uint64, class encap.SendError)
@@ -105,11 +106,12 @@ func (w *txWorker) serve() (int, error) {
 	if w.queue, w.from, err = w.source.TryRead(w.batch); err != nil {
 		return 0, fmt.Errorf("engine: transmit: %w", err)
 	}
-	if n := len(w.batch.Packets()); n > 0 {
+	n := len(w.batch.Packets())
+	if n > 0 {
 		w.round()
-		return n, nil
 	}
-	return 0, nil
+	w.batch.GiveBack() // while the port is ours
+	return n, nil
 }
 
 // round sends the batch.
@@ -126,9 +128,13 @@ func (w *txWorker) round() {
 	w.ledger.publish(&w.tally)
 }
 
-// packet checks one packet and adds its segments to a batch.
+// packet checks one packet and adds its segments to a batch. Before its end is
+// fetched from where it may lie, only its headers are looked at.
 func (w *txWorker) packet(v *view, p *tun.Packet) {
-	room := w.batch.Bytes(p, tun.Headroom)
+	room, tail := w.batch.Headers(p, tun.Headroom)
+	if len(tail) > 0 && (v.ports == nil || w.tap.ring != nil) {
+		room, tail = w.batch.Bytes(p, tun.Headroom), nil
+	}
 	ip := room[tun.Headroom:]
 	segments, bytes := uint64(1), uint64(len(ip))
 	super := p.Super()
@@ -153,9 +159,10 @@ func (w *txWorker) packet(v *view, p *tun.Packet) {
 		w.drop(p, ip, reason, segments)
 		return
 	}
-	if v.ports != nil && w.switched(v, p, ip, segments, bytes) {
+	if v.ports != nil && w.switched(v, p, ip, tail, segments, bytes) {
 		return
 	}
+	room = w.batch.Bytes(p, tun.Headroom) // the tail with it
 	e, reason := w.route(v, ip, super)
 	if e == nil {
 		w.drop(p, ip, reason, segments)

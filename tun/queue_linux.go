@@ -36,6 +36,9 @@ type Queue struct {
 	noGSO atomic.Bool
 	// writev is the system call, a field so that a test can script errors.
 	writev func(fd int, iovs []unix.Iovec) syscall.Errno
+	// ring, unless nil, carries the packets; fd is then the socket that the two
+	// sides wake each other by.
+	ring *ringEnd
 }
 
 func newQueue(fd int, rung Offload) *Queue {
@@ -54,6 +57,10 @@ type FDConfig struct {
 	// Offload is the rung the other side takes: OffloadNone for one that does
 	// not know super-packets.
 	Offload Offload
+	// Ring, unless nil, is memory shared with the program on the other side of the
+	// descriptor, a SEQPACKET socket. It carries the packets as the socket would. A
+	// Queue holds it until Close; Queues of one Ring follow each other.
+	Ring *Ring
 }
 
 // QueueFromFD makes a Queue of an open descriptor and takes ownership of it.
@@ -63,6 +70,10 @@ func QueueFromFD(fd int, c FDConfig) (*Queue, error) {
 		return nil, fmt.Errorf("tun: descriptor %d: %w", fd, err)
 	}
 	q := newQueue(fd, min(c.Offload, OffloadFull))
+	if c.Ring != nil {
+		c.Ring.memory.Hold()
+		q.ring = &ringEnd{Ring: c.Ring}
+	}
 	if c.Ethernet {
 		q.hdr = maxHdr
 		copy(q.ether[0:], c.Peer[:])
@@ -80,13 +91,21 @@ func (q *Queue) FD() int { return q.fd }
 func (q *Queue) Offload() Offload { return q.rung }
 
 // Close closes the descriptor. No read or write may be running or follow.
-func (q *Queue) Close() error { return unix.Close(q.fd) }
+func (q *Queue) Close() error {
+	if q.ring != nil {
+		q.ring.memory.Release()
+	}
+	return unix.Close(q.fd)
+}
 
 // TryRead drains the queue without blocking until it is empty or the batch is
 // full. An empty batch means that there was nothing. It returns ErrGone when
 // the device was deleted or the other side closed.
 func (q *Queue) TryRead(b *ReadBatch) error {
-	b.n = 0
+	b.Clear()
+	if q.ring != nil {
+		return q.readRing(b)
+	}
 	for at := 0; b.n < maxRead && b.fits(at); {
 		start := at + max(Headroom-q.hdr, 0)
 		buf := b.slab[start:]
@@ -120,6 +139,9 @@ func writev(fd int, iovs []unix.Iovec) syscall.Errno {
 // put writes one packet. Of what it refuses, the kernel counts in the device's
 // rx_dropped all that it did not find malformed (tun_get_user of drivers/net/tun.c).
 func (q *Queue) put(iovs []unix.Iovec) syscall.Errno {
+	if q.ring != nil {
+		return q.writeRing(iovs)
+	}
 	e := q.writev(q.fd, iovs)
 	if e != 0 && e != unix.EINVAL && e != unix.EAGAIN {
 		q.refused.Add(1)
@@ -141,27 +163,38 @@ func (q *Queue) link(h *vnetHdr, b []byte) {
 	h.encode(b)
 }
 
-// WritePacket writes one complete IPv4 packet.
-func (q *Queue) WritePacket(pkt []byte) error { return q.write(vnetHdr{}, pkt) }
-
-// Forward writes a packet as it was read from another queue. A super-packet
-// needs a queue that takes it.
-func (q *Queue) Forward(h *Header, pkt []byte) error {
-	v := h.vnet
-	if v.gsoType != gsoNone && v.hdrLen != 0 {
-		v.hdrLen = uint16(min(int(v.hdrLen), len(pkt)))
-	}
-	return q.write(v, pkt)
+// Scratch is what writing needs beside the packet. It belongs to one goroutine.
+type Scratch struct {
+	hdr  [maxHdr]byte
+	iovs [3]unix.Iovec
 }
 
-func (q *Queue) write(h vnetHdr, pkt []byte) error {
-	var hdr [maxHdr]byte
-	q.link(&h, hdr[:q.hdr])
-	iovs := [2]unix.Iovec{
-		{Base: &hdr[0], Len: uint64(q.hdr)},
-		{Base: unsafe.SliceData(pkt), Len: uint64(len(pkt))},
+// WritePacket writes one complete IPv4 packet.
+func (q *Queue) WritePacket(pkt []byte) error { return q.write(new(Scratch), vnetHdr{}, pkt, nil) }
+
+// Forward writes a packet as it was read from another queue, in two pieces of
+// which the second may be empty; the zero Header is that of a complete packet. A
+// super-packet needs a queue that takes it.
+func (q *Queue) Forward(s *Scratch, h *Header, head, tail []byte) error {
+	v := h.vnet
+	if v.gsoType != gsoNone && v.hdrLen != 0 {
+		v.hdrLen = uint16(min(int(v.hdrLen), len(head)+len(tail)))
 	}
-	if e := q.put(iovs[:]); e != 0 {
+	return q.write(s, v, head, tail)
+}
+
+func (q *Queue) write(s *Scratch, h vnetHdr, head, tail []byte) error {
+	q.link(&h, s.hdr[:q.hdr])
+	s.iovs = [3]unix.Iovec{
+		{Base: &s.hdr[0], Len: uint64(q.hdr)},
+		{Base: unsafe.SliceData(head), Len: uint64(len(head))},
+		{Base: unsafe.SliceData(tail), Len: uint64(len(tail))},
+	}
+	n := 3
+	if len(tail) == 0 {
+		n = 2
+	}
+	if e := q.put(s.iovs[:n]); e != 0 {
 		return e
 	}
 	return nil

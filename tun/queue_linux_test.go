@@ -345,7 +345,7 @@ func TestForwardKeepsWhatTheKernelSaid(t *testing.T) {
 			}
 			for i := range b.Packets() {
 				p := &b.Packets()[i]
-				if err := to.Forward(&p.Header, b.Bytes(p, 0)); err != nil {
+				if err := to.Forward(new(Scratch), &p.Header, b.Bytes(p, 0), nil); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -2,6 +2,7 @@ package tun
 
 import (
 	"fmt"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,6 +25,17 @@ const LoadRoom = slabLen - maxRead*Headroom - maxHdr - maxPacket
 type Packet struct {
 	Header
 	off, len uint32
+	// tail is what follows the first headersLen bytes while that still lies in a
+	// ring; its place in the slab is free.
+	tail *byte
+}
+
+// inRing returns the tail, nil when all of the packet is in the slab.
+func (p *Packet) inRing() []byte {
+	if p.tail == nil {
+		return nil
+	}
+	return unsafe.Slice(p.tail, p.len-headersLen)
 }
 
 // ReadBatch holds what one TryRead drained from a queue. It belongs to one
@@ -32,6 +44,7 @@ type ReadBatch struct {
 	slab    []byte // mapped, not Go heap
 	packets [maxRead]Packet
 	n       int
+	lender  *ringEnd // the packets' tails are borrowed from it; or nil
 }
 
 // NewReadBatch maps the buffer; Free unmaps it.
@@ -56,13 +69,39 @@ func (b *ReadBatch) Free() error {
 // Packets returns what the last TryRead brought, borrowed until the next.
 func (b *ReadBatch) Packets() []Packet { return b.packets[:b.n] }
 
-// Clear empties the batch.
-func (b *ReadBatch) Clear() { b.n = 0 }
+// Clear empties the batch and gives back what it has borrowed from a ring. The
+// packets' tails are gone then.
+func (b *ReadBatch) Clear() {
+	b.n = 0
+	b.GiveBack()
+}
+
+// GiveBack gives back what the batch has borrowed from a ring, and leaves its
+// counts as they are. No packet of it may be used any more.
+func (b *ReadBatch) GiveBack() {
+	if b.lender != nil {
+		b.lender.in.Release()
+		b.lender = nil
+	}
+}
 
 // Bytes returns the packet with room bytes before it, at most Headroom, to
 // write a prefix to. The slice is borrowed until the next TryRead.
 func (b *ReadBatch) Bytes(p *Packet, room int) []byte {
-	return b.slab[int(p.off)-room : p.off+p.len : p.off+p.len]
+	whole := b.slab[int(p.off)-room : p.off+p.len : p.off+p.len]
+	if p.tail != nil {
+		copy(whole[room+headersLen:], p.inRing())
+		p.tail = nil
+	}
+	return whole
+}
+
+// Headers returns what Bytes does, but only what comes before the tail holds the
+// packet: all of its headers, up to the transport protocol's, and the tail
+// follows. The tail may be empty, and may change while it is read: another
+// process can write to it.
+func (b *ReadBatch) Headers(p *Packet, room int) (whole, tail []byte) {
+	return b.slab[int(p.off)-room : p.off+p.len : p.off+p.len], p.inRing()
 }
 
 // Full reports whether the last TryRead may have left packets in the queue.
@@ -88,7 +127,7 @@ func (b *ReadBatch) Size() int {
 // header in front; for packets that were kept apart for a while, and for tests. The
 // caller sees to it that there is room: maxRead packets and [LoadRoom] bytes.
 func (b *ReadBatch) Load(raw ...[]byte) {
-	b.n = 0
+	b.Clear()
 	at := 0
 	for _, r := range raw {
 		copy(b.slab[at+Headroom-vnetHdrLen:], r)
@@ -106,7 +145,7 @@ func (b *ReadBatch) take(start, n, hdr int) int {
 	if link := hdr - vnetHdrLen; link > 0 && p.vnet.flags&needsCsum != 0 {
 		p.vnet.csumStart -= uint16(link)
 	}
-	p.off, p.len = uint32(start+hdr), uint32(n-hdr)
+	p.off, p.len, p.tail = uint32(start+hdr), uint32(n-hdr), nil
 	b.n++
 	return start + n
 }
