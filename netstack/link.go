@@ -2,11 +2,7 @@ package netstack
 
 import (
 	"encoding/binary"
-	"errors"
-	"net"
-	"sync"
 	"sync/atomic"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -87,8 +83,8 @@ func (l *link) Attach(d stack.NetworkDispatcher) {
 	l.dispatcher.Store(&d)
 }
 
-// WritePackets sends to the engine, and waits for it when the socket is full:
-// the engine always reads on.
+// WritePackets sends to the engine, and waits for it when it has no room: the
+// engine always reads on.
 func (l *link) WritePackets(packets stack.PacketBufferList) (int, tcpip.Error) {
 	list := packets.AsSlice()
 	out := l.out.Load()
@@ -139,42 +135,6 @@ func isPartial(h *[headerLen]byte, head []byte) bool {
 
 // udpChecksumOffset is that of the checksum in a UDP header (RFC 768).
 const udpChecksumOffset = 6
-
-// sender writes to one socket.
-type sender struct {
-	raw syscall.RawConn
-
-	mu     sync.Mutex // guards the following
-	header [headerLen]byte
-	bufs   [][]byte
-	write  func(fd uintptr) bool
-}
-
-func newSender(c *net.UnixConn) (*sender, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	s := &sender{raw: raw}
-	s.write = func(fd uintptr) bool {
-		for {
-			_, err := unix.SendmsgBuffers(int(fd), s.bufs, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
-			if !errors.Is(err, unix.EINTR) {
-				return !errors.Is(err, unix.EAGAIN) // the reader notices a dead engine
-			}
-		}
-	}
-	return s, nil
-}
-
-func (s *sender) send(p *stack.PacketBuffer) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.header = virtioHeader(p)
-	s.bufs = append(s.bufs[:0], s.header[:])
-	s.bufs = append(s.bufs, p.AsSlices()...)
-	_ = s.raw.Write(s.write) // closed: lost
-}
 
 // virtioHeader says what of the packet is left to the engine.
 func virtioHeader(p *stack.PacketBuffer) (h [headerLen]byte) {

@@ -77,28 +77,24 @@ type Net struct {
 // attaches to it anew with the same address, and open connections go on.
 func New(ctx context.Context, c Config) (*Net, error) {
 	n := &Net{cfg: c}
-	conn, status, err := n.attach(ctx, c.Addr)
+	w, status, err := n.attach(ctx, c.Addr)
 	if err != nil {
 		return nil, err
 	}
 	n.status = status
 	n.link = &link{mtu: uint32(status.MTU), gso: uint32(status.GSOMaxSize)}
 	if n.stack, err = newStack(n.link, status.Addr); err != nil {
-		conn.Close()
+		w.close()
 		return nil, err
 	}
-	if err := n.use(conn); err != nil {
-		conn.Close()
-		n.stack.Close()
-		return nil, err
-	}
+	n.use(w)
 	n.ctx, n.end = context.WithCancelCause(context.Background())
-	n.pumps.Go(func() { n.in(conn) })
+	n.pumps.Go(func() { n.in(w) })
 	return n, nil
 }
 
 // attach listens on a socket of its own and has the engine connect to it.
-func (n *Net) attach(ctx context.Context, addr netip.Addr) (*net.UnixConn, node.AttachmentStatus, error) {
+func (n *Net) attach(ctx context.Context, addr netip.Addr) (*wire, node.AttachmentStatus, error) {
 	var status node.AttachmentStatus
 	dir, err := os.MkdirTemp("", "tweed-")
 	if err != nil {
@@ -111,7 +107,9 @@ func (n *Net) attach(ctx context.Context, addr netip.Addr) (*net.UnixConn, node.
 		return nil, status, fmt.Errorf("netstack: %w", err)
 	}
 	defer l.Close()
-	status, err = n.cfg.Engine.Attach(ctx, node.AttachRequest{Socket: path, Name: n.cfg.Name, Addr: addr, SuperPackets: true})
+	status, err = n.cfg.Engine.Attach(ctx, node.AttachRequest{
+		Socket: path, Name: n.cfg.Name, Addr: addr, SuperPackets: true, SharedMemory: true,
+	})
 	if err != nil {
 		return nil, status, err
 	}
@@ -122,49 +120,39 @@ func (n *Net) attach(ctx context.Context, addr netip.Addr) (*net.UnixConn, node.
 	if err != nil {
 		return nil, status, fmt.Errorf("netstack: the engine did not connect: %w", err)
 	}
-	_ = conn.SetWriteBuffer(socketBuffer)
-	_ = conn.SetReadBuffer(socketBuffer)
-	return conn, status, nil
+	w, err := newWire(conn, status.SharedMemory)
+	return w, status, err
 }
 
-// use makes conn the way to the engine.
-func (n *Net) use(conn *net.UnixConn) error {
-	out, err := newSender(conn)
-	if err != nil {
-		return fmt.Errorf("netstack: %w", err)
-	}
-	n.conn.Store(conn)
-	n.link.out.Store(out)
-	return nil
+// use makes w the way to the engine.
+func (n *Net) use(w *wire) {
+	n.conn.Store(w.conn)
+	n.link.out.Store(w.out)
 }
 
 // in carries packets from the engine to the stack, and attaches again when the
 // engine has gone.
-func (n *Net) in(conn *net.UnixConn) {
+func (n *Net) in(w *wire) {
 	for {
-		n.receive(conn)
+		n.receive(w.in)
 		n.link.out.Store(nil)
 		n.conn.Store(nil)
-		conn.Close()
+		w.close()
 		if n.ctx.Err() != nil {
 			return
 		}
-		if conn = n.reattach(); conn == nil {
+		if w = n.reattach(); w == nil {
 			return
 		}
-		if err := n.use(conn); err != nil || n.ctx.Err() != nil {
-			conn.Close()
-			return
+		n.use(w)
+		if n.ctx.Err() != nil {
+			w.conn.Close() // and so the next receive ends
 		}
 	}
 }
 
-// receive carries packets until conn ends.
-func (n *Net) receive(conn *net.UnixConn) {
-	r, err := newReceiver(conn)
-	if err != nil {
-		return // closed
-	}
+// receive carries packets until there are no more to come.
+func (n *Net) receive(r *receiver) {
 	for {
 		p, head, err := r.next()
 		if err != nil {
@@ -177,18 +165,18 @@ func (n *Net) receive(conn *net.UnixConn) {
 var errEngineGone = errors.New("netstack: the engine has ended, or has detached us")
 
 // reattach tries until it succeeds or the Net is closed.
-func (n *Net) reattach() *net.UnixConn {
+func (n *Net) reattach() *wire {
 	n.lost(errEngineGone)
 	for {
-		conn, status, err := n.attach(n.ctx, n.status.Addr)
+		w, status, err := n.attach(n.ctx, n.status.Addr)
 		if err == nil && status.MTU != n.status.MTU {
 			// The stack's MTU is fixed; a smaller one would lose packets.
-			conn.Close()
+			w.close()
 			err = fmt.Errorf("netstack: the overlay's MTU is %d now, and was %d", status.MTU, n.status.MTU)
 		}
 		if err == nil {
 			n.lost(nil)
-			return conn
+			return w
 		}
 		select {
 		case <-n.ctx.Done():

@@ -96,6 +96,9 @@ func TestStreamsBetweenProgramsOfOneEngineArriveWhole(t *testing.T) {
 	ctx, n := engine(t)
 	b := attach(ctx, t, n, "b")
 	for _, a := range n.Node.Status().Attachments {
+		if !a.SharedMemory {
+			t.Errorf("%s: its packets go through a socket", a.Name)
+		}
 		if a.Offload != "tso" || a.GSOMaxSize <= a.MTU {
 			t.Errorf("%s: offload %s, super-packets of %d bytes, MTU %d", a.Name, a.Offload, a.GSOMaxSize, a.MTU)
 		}

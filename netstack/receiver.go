@@ -3,12 +3,14 @@ package netstack
 import (
 	"errors"
 	"io"
-	"net"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"tweed/tun/ring"
 )
 
 const (
@@ -22,9 +24,10 @@ const (
 	keepFrom = 16 << 10
 )
 
-// receiver reads the packets of one socket. It is used by one goroutine.
+// receiver reads the packets of one engine. It is used by one goroutine.
 type receiver struct {
 	raw    syscall.RawConn
+	ring   *ring.Consumer // nil without shared memory
 	header [headerLen]byte
 	// head and rest are where the next packet goes, of headSize and
 	// maxPacket-headSize bytes.
@@ -32,14 +35,10 @@ type receiver struct {
 	bufs       [][]byte
 	size       int
 	err        error
-	read       func(fd uintptr) bool
+	read, wait func(fd uintptr) bool
 }
 
-func newReceiver(c *net.UnixConn) (*receiver, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
+func newReceiver(raw syscall.RawConn) *receiver {
 	r := &receiver{raw: raw, bufs: make([][]byte, 3)}
 	r.read = func(fd uintptr) bool {
 		for {
@@ -49,12 +48,28 @@ func newReceiver(c *net.UnixConn) (*receiver, error) {
 			}
 		}
 	}
-	return r, nil
+	bells := make([]byte, 1)
+	r.wait = func(fd uintptr) bool {
+		for {
+			r.size, r.err = unix.Read(int(fd), bells)
+			switch {
+			case errors.Is(r.err, unix.EINTR):
+				continue
+			case r.err == nil && r.size == 0:
+				r.err = io.EOF
+			}
+			return !errors.Is(r.err, unix.EAGAIN)
+		}
+	}
+	return r
 }
 
 // next waits for a packet. Its header is in r.header until the next call; head
 // is the packet's beginning.
 func (r *receiver) next() (p *stack.PacketBuffer, head []byte, err error) {
+	if r.ring != nil {
+		return r.nextShared()
+	}
 	if r.head == nil {
 		r.head = buffer.NewViewSize(headSize)
 	}
@@ -90,4 +105,36 @@ func (r *receiver) take(size int) (*stack.PacketBuffer, []byte, error) {
 		_ = payload.Append(buffer.NewViewWithData(r.rest.AsSlice()[:more]))
 	}
 	return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: payload}), head, nil
+}
+
+// packetOf copies a packet, its headers into memory of their own.
+func packetOf(raw []byte) (*stack.PacketBuffer, []byte) {
+	n := headersOf(raw)
+	v := buffer.NewViewWithData(raw[:n])
+	head := v.AsSlice()
+	payload := buffer.MakeWithView(v)
+	if n < len(raw) {
+		// Append would fill up the chunk of the headers.
+		rest := buffer.MakeWithView(buffer.NewViewWithData(raw[n:]))
+		payload.Merge(&rest)
+	}
+	return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: payload}), head
+}
+
+// headersOf is the length of the headers of a packet, at most all of it.
+func headersOf(raw []byte) int {
+	if len(raw) < header.IPv4MinimumSize {
+		return len(raw)
+	}
+	ip := header.IPv4(raw)
+	n := int(ip.HeaderLength())
+	switch ip.TransportProtocol() {
+	case header.TCPProtocolNumber:
+		if len(raw) >= n+header.TCPMinimumSize {
+			n += int(header.TCP(raw[n:]).DataOffset())
+		}
+	default:
+		n += header.UDPMinimumSize // echo's are as long
+	}
+	return min(max(n, header.IPv4MinimumSize), len(raw))
 }

@@ -83,6 +83,8 @@ type attachment struct {
 	target *netns.Target // nil for a program
 	// superPackets says that a program takes them.
 	superPackets bool
+	// sharedMemory says that a program takes a ring.
+	sharedMemory bool
 	// made is nil while there is no interface.
 	made *attach.Made
 	link attach.Link // as made
@@ -241,7 +243,7 @@ func (a *attachments) attach(ctx context.Context, r AttachRequest) (AttachmentSt
 	}
 	t := &attachment{savedAttachment: savedAttachment{
 		Name: r.Name, IfName: r.IfName, Tier: tier, Since: time.Now().UTC(), Socket: r.Socket,
-	}, superPackets: r.SuperPackets}
+	}, superPackets: r.SuperPackets, sharedMemory: r.SharedMemory}
 	if err := a.open(t, r); err != nil {
 		return AttachmentStatus{}, err
 	}

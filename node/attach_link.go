@@ -60,7 +60,7 @@ func (a *attachments) connect(ctx context.Context, t *attachment, p plane) error
 
 func (a *attachments) makeEnd(ctx context.Context, t *attachment, link attach.Link) (*attach.Made, error) {
 	if t.Socket != "" {
-		return connectSocket(t.Socket, t.superPackets && link.GSOMaxSize > 0)
+		return a.connectProgram(t, t.superPackets && link.GSOMaxSize > 0)
 	}
 	if err := t.reopen(); err != nil {
 		return nil, err
@@ -139,6 +139,9 @@ func (a *attachments) disconnect(t *attachment) {
 	t.attached = false
 	if t.made != nil {
 		t.made.File.Close()
+		if r := t.made.Queue.Ring; r != nil {
+			r.Close()
+		}
 		t.made = nil
 	}
 }
@@ -161,6 +164,30 @@ func (t *attachment) reopen() error {
 	}
 	t.target = target
 	return nil
+}
+
+// connectProgram connects to a program, with shared memory if it takes that and
+// there is any.
+func (a *attachments) connectProgram(t *attachment, super bool) (*attach.Made, error) {
+	made, err := connectSocket(t.Socket, super)
+	if err != nil || !t.sharedMemory {
+		return made, err
+	}
+	ring, memory, err := tun.NewRing()
+	if err == nil {
+		// One message, of one byte, with the descriptor.
+		err = unix.Sendmsg(int(made.File.Fd()), []byte{0}, unix.UnixRights(memory), nil, unix.MSG_NOSIGNAL)
+		unix.Close(memory)
+		if err != nil {
+			ring.Close()
+		}
+	}
+	if err != nil {
+		a.log.Warn("no shared memory; packets take the socket", "name", t.Name, "err", err)
+		return made, nil
+	}
+	made.Queue.Ring = ring
+	return made, nil
 }
 
 // connectSocket connects to a program that has a network stack of its own and

@@ -105,6 +105,11 @@ type AttachRequest struct {
 	// (VIRTIO_NET_HDR_GSO_TCPV4) as well. It may always send them, up to
 	// GSOMaxSize of the answer.
 	SuperPackets bool `json:"super_packets,omitempty"`
+	// SharedMemory says that the program behind Socket takes packets through
+	// shared memory. When SharedMemory of the answer says that it is so, the first
+	// message on the socket is one byte with a descriptor of the memory (package
+	// tun/ring), and all others are single bytes that wake the other side.
+	SharedMemory bool `json:"shared_memory,omitempty"`
 	// Name is what the attachment is called from now on; empty means pid-PID or
 	// the last part of Path. Letters, digits, dot, minus and underscore, at most
 	// 63 bytes.
@@ -136,6 +141,9 @@ func (r *AttachRequest) check() (attach.Tier, error) {
 	}
 	if targets != 1 {
 		return "", errors.New("expected exactly one of a pid, a network namespace and a socket")
+	}
+	if r.SharedMemory && r.Socket == "" {
+		return "", errors.New("shared_memory: expected with a socket only: a container has an interface")
 	}
 	if r.SuperPackets && r.Socket == "" {
 		return "", errors.New("super_packets: expected with a socket only: a container's interface says so itself")
@@ -185,6 +193,8 @@ type AttachmentStatus struct {
 	Path      string `json:"path,omitempty"`
 	Netns     uint64 `json:"netns,omitempty"`
 	Socket    string `json:"socket,omitempty"`
+	// SharedMemory says that a program's packets do not go through its socket.
+	SharedMemory bool `json:"shared_memory,omitempty"`
 	// MTU is in bytes. Network is what the address reaches over the overlay.
 	MTU int `json:"mtu"`
 	// GSOMaxSize is the largest super-packet in bytes, 0 if there are none.
@@ -214,6 +224,7 @@ func (t *attachment) status() AttachmentStatus {
 		s.Tier, s.MTU, s.GSOMaxSize, s.Network = t.made.Tier, t.link.MTU, t.link.GSOMaxSize, t.link.Network
 		s.Offload, s.OffloadReason = t.made.Queue.Offload.String(), t.made.OffloadReason
 		s.Passed = append(s.Passed, t.made.Passed...)
+		s.SharedMemory = t.made.Queue.Ring != nil
 	}
 	return s
 }
