@@ -319,6 +319,40 @@ func TestRunPassesTheStatusOnAndLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestLastOfTwoCommandsWaitsForTheEngine that the first one started: who looks at
+// the processes after it finds none.
+func TestLastOfTwoCommandsWaitsForTheEngine(t *testing.T) {
+	needTool(t, "unshare")
+	w := newWorld(t, 1)
+	w.config(udpConfig)
+	state := filepath.Join(w.dir, "state")
+	start := func(name string) (p *process, gate string) {
+		gate = filepath.Join(w.dir, name+".gate")
+		command(t, w.lan.Nodes[0], "mkfifo", gate)
+		p = w.launch(w.lan.Nodes[0], name, tweedBin, "run", "--etcd-endpoints", w.endpoint(), "--iface", netns.LANInterface,
+			"--tier", "veth", "--state-dir", state, "--", "sh", "-c", "echo runs; cat "+gate)
+		w.await(name+" runs", func() bool { return strings.Contains(p.output(), "runs") })
+		return p, gate
+	}
+	first, endFirst := start("first")
+	second, endSecond := start("second")
+	for _, c := range []struct {
+		p    *process
+		gate string
+		left int
+	}{{first, endFirst, 1}, {second, endSecond, 0}} {
+		if err := os.WriteFile(c.gate, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+		if status := c.p.wait(); status != 0 {
+			t.Errorf("%s: status %d: %s", c.p.name, status, c.p.output())
+		}
+		if left := enginesOf(t, state); len(left) != c.left {
+			t.Errorf("after the %s command: engines %v, want %d", c.p.name, left, c.left)
+		}
+	}
+}
+
 // TestEngineStartedForACommandEndsWithoutEtcd: the command that started it was
 // killed, so nobody ever attaches, and there is no overlay.
 func TestEngineStartedForACommandEndsWithoutEtcd(t *testing.T) {

@@ -57,6 +57,9 @@ type Config struct {
 	// AttachOnly leaves the host out of the overlay: no TUN device, no routes and
 	// no traffic rules, only attached containers. It needs no privilege at all.
 	AttachOnly bool
+	// EndsWhenIdle is for Status: who runs the node ends it once nothing is
+	// attached any more.
+	EndsWhenIdle bool
 	// TUNName is the device name, at most 15 bytes; a trailing %d picks a free number.
 	TUNName string
 	// MTU is "" (derived), "max" or a number of bytes.

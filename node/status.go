@@ -38,6 +38,8 @@ type Status struct {
 	Phase   Phase     `json:"phase"`
 	// Ready is what /readyz says.
 	Ready bool `json:"ready"`
+	// EndsWhenIdle says that the engine ends with the last attachment.
+	EndsWhenIdle bool `json:"ends_when_idle,omitempty"`
 	// Problems are what an operator should look at, one line each, empty when
 	// all is well.
 	Problems []string `json:"problems"`

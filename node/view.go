@@ -56,7 +56,7 @@ func (n *Node) status() Status {
 	s := Status{
 		Schema: Schema, Program: n.cfg.Program, Version: n.cfg.Version,
 		PID: os.Getpid(), Started: n.started.UTC(),
-		Phase: v.phase, Ready: n.readyz.Load(),
+		Phase: v.phase, Ready: n.readyz.Load(), EndsWhenIdle: n.cfg.EndsWhenIdle,
 		Node: v.node, Underlay: v.underlay, Network: v.network, Device: v.device,
 		Listen: emptyNotNil(v.listen), Lease: v.lease, Etcd: v.etcd,
 		Peers: map[string]int{}, Skipped: []SkippedLease{},

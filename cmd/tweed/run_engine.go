@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"tweed/node"
 )
@@ -45,6 +46,10 @@ type engineProcess struct {
 	log   *os.File  // of own
 	done  chan struct{}
 	used  bool // something was attached
+	pid   int
+	// shared is a pidfd of one that another command started, and that ends when
+	// nothing is attached any more; nil for others.
+	shared *os.File
 }
 
 // findEngine finds this user's engine or starts one.
@@ -71,9 +76,29 @@ func (e *engineProcess) find() error {
 	}
 	if path != "" && node.Answers(path) {
 		e.api = node.Dial(path)
+		e.share()
 		return nil
 	}
 	return e.start()
+}
+
+// share looks whether the engine that was found ends when nobody uses it.
+func (e *engineProcess) share() {
+	s, err := e.api.Status(e.ctx)
+	if err != nil || !s.EndsWhenIdle {
+		return
+	}
+	if fd, err := unix.PidfdOpen(s.PID, 0); err == nil {
+		e.shared, e.pid = os.NewFile(uintptr(fd), "engine"), s.PID
+	}
+}
+
+// ended reports whether the process of a shared engine has ended, waited for by
+// its parent or not.
+func (e *engineProcess) ended() bool {
+	fds := []unix.PollFd{{Fd: int32(e.shared.Fd()), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return n > 0 && err == nil
 }
 
 // start starts an engine that ends when nothing is attached any more. Its log
@@ -106,6 +131,7 @@ func (e *engineProcess) start() error {
 	if err := e.own.Start(); err != nil {
 		return fmt.Errorf("run: start the engine: %w", err)
 	}
+	e.pid = e.own.Process.Pid
 	done := make(chan struct{})
 	e.done = done
 	go func() {
@@ -178,10 +204,12 @@ func (e *engineProcess) close() {
 		return
 	}
 	defer e.api.Close()
-	if e.own == nil {
+	if e.own == nil && (e.shared == nil || !e.used) {
 		return
 	}
-	defer e.log.Close()
+	if e.own != nil {
+		defer e.log.Close()
+	}
 	a, err := e.api.Attachments(context.Background())
 	if err == nil && !onlyEnded(a) {
 		return
@@ -205,9 +233,12 @@ func (e *engineProcess) awaitEnd() {
 		case <-e.done:
 			return
 		case <-late:
-			fmt.Fprintf(e.cmd.ErrOrStderr(), "tweed: run: the engine, pid %d, still runs %s after it was last used\n", e.own.Process.Pid, goneTime)
+			fmt.Fprintf(e.cmd.ErrOrStderr(), "tweed: run: the engine, pid %d, still runs %s after it was last used\n", e.pid, goneTime)
 			return
 		case <-tick.C:
+			if e.own == nil && e.ended() {
+				return
+			}
 			if a, err := e.api.Attachments(context.Background()); err == nil && !onlyEnded(a) {
 				return
 			}

@@ -45,6 +45,7 @@ privilege, and the process gives up all it has.`,
 				return newUsageError(cmd, err)
 			}
 			cfg.Program, cfg.Version, cfg.Log = "tweed", daemon.Version(), log
+			cfg.EndsWhenIdle = exitWhenIdle
 			if attachOnly {
 				forAttachOnly(&cfg, cmd.Flags().Changed)
 				if err := netns.Renounce(); err != nil {
