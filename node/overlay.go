@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -171,8 +170,6 @@ func (r *runner) forward() error {
 			return err
 		}
 		r.started = true
-		// Starting leaves much behind that running does not need.
-		debug.FreeOSMemory()
 	}
 	r.att.follow(r.plane())
 	if r.link == nil {

@@ -43,6 +43,18 @@ func (r *runner) reconcile() (again bool) {
 	return again
 }
 
+// shrink gives back, once, what only the start needed. The first periodic look is
+// late enough: by then everything has been set up and has run.
+func (r *runner) shrink() {
+	if r.shrunk || !r.started {
+		return
+	}
+	r.shrunk = true
+	if err := giveBackMemory(); err != nil {
+		r.log.Debug("give memory back", "err", err)
+	}
+}
+
 // refreshPaths looks again at the ways to all peers, unless it did so a moment
 // ago.
 func (r *runner) refreshPaths() bool {

@@ -90,6 +90,7 @@ type runner struct {
 	acc     accelerator
 	att     *attachments
 	started bool // the engine's workers run
+	shrunk  bool // what only the start needed was given back
 
 	begin     startup
 	phase     Phase
@@ -422,6 +423,7 @@ func (r *runner) loop(ctx context.Context) error {
 			}
 		case <-reconcile.C:
 			r.reconcile()
+			r.shrink()
 		case e := <-failed:
 			r.note(&r.dataProblem, "packet workers stopped; making device and engine again", e)
 		case _, open := <-r.events:
