@@ -152,14 +152,25 @@ func (a *attachments) run() {
 	tick := time.NewTicker(attachCheck)
 	defer tick.Stop()
 	for {
+		var look <-chan time.Time
+		if a.any() {
+			look = tick.C
+		}
 		select {
 		case <-a.ctx.Done():
 			return
 		case <-a.kick:
-		case <-tick.C:
+		case <-look:
 		}
 		a.reconcile()
 	}
+}
+
+// any reports whether there is an attachment. One that is added wakes run.
+func (a *attachments) any() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.all) > 0
 }
 
 // reconcile connects what is not connected, connects anew what the overlay has
@@ -319,6 +330,7 @@ func (a *attachments) admit(t *attachment, p plane, want netip.Addr) error {
 	}
 	t.Addr = addr
 	a.all[t.Name] = t
+	a.wake()
 	return nil
 }
 

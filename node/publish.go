@@ -26,7 +26,7 @@ func (r *runner) publish() {
 		etcd:     EtcdStatus{Endpoints: r.cfg.EtcdEndpoints, Prefix: r.cfg.EtcdPrefix},
 		table:    r.table,
 		stateDir: r.paths.stateDir,
-		rules:    r.rules, saver: r.saver,
+		rules:    r.rules, saver: r.saver, mgr: r.mgr, acc: r.acc,
 	}
 	for _, l := range r.overlay.listen {
 		v.listen = append(v.listen, ListenStatus{Framing: l.Framing, Addr: l.Addr})
@@ -34,8 +34,7 @@ func (r *runner) publish() {
 	var st lease.State
 	if r.mgr != nil {
 		st = r.mgr.State()
-		v.etcd.Connected, v.etcd.LastError, v.etcd.Synced, v.etcd.Revision = st.Connected, st.LastError, st.Synced, st.Revision
-		v.counters = LeaseCounters(st.Counters)
+		v.etcd.Connected, v.etcd.LastError, v.etcd.Synced = st.Connected, st.LastError, st.Synced
 		for _, i := range st.Ignored {
 			v.ignored = append(v.ignored, IgnoredKey(i))
 		}

@@ -42,8 +42,9 @@ const (
 	// reconcileShare is the inverse of the part of the time spent on comparing
 	// when links and routes never stop changing.
 	reconcileShare = 10
-	// publishInterval refreshes the view while etcd is awaited.
-	publishInterval = 500 * time.Millisecond
+	// startReport is after how much of a start that takes long it is said what the
+	// node works with.
+	startReport = 500 * time.Millisecond
 	// releaseTimeout bounds giving the lease back on the way out.
 	releaseTimeout = 5 * time.Second
 )
@@ -384,10 +385,9 @@ func (r *runner) loop(ctx context.Context) error {
 		r.begin.useCache = time.After(cacheDelay)
 	}
 	var settle, repair <-chan time.Time
+	long := time.After(startReport)
 	reconcile := time.NewTicker(reconcileInterval)
 	defer reconcile.Stop()
-	publish := time.NewTicker(publishInterval)
-	defer publish.Stop()
 	r.setPhase(PhaseWaiting)
 	r.publish()
 	r.awaitConfig()
@@ -435,8 +435,8 @@ func (r *runner) loop(ctx context.Context) error {
 		case <-repair:
 			repair = nil
 			r.rebuild()
-		case <-publish.C:
-			r.logUnderlay() // the start takes long: say what it works with
+		case <-long:
+			r.logUnderlay()
 		}
 		if err != nil {
 			return err

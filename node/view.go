@@ -6,10 +6,12 @@ import (
 	"slices"
 
 	"tweed/engine"
+	"tweed/lease"
 )
 
 // view is what the API reads: an immutable picture that the goroutine of Run
-// replaces whenever something changed. Counters are read live beside it.
+// replaces whenever something changed. What changes without that goroutine is read
+// live beside it: counters, etcd's revision, the state of the accelerator.
 type view struct {
 	phase    Phase
 	node     NodeStatus
@@ -19,7 +21,6 @@ type view struct {
 	listen   []ListenStatus
 	lease    *OwnLeaseStatus
 	etcd     EtcdStatus
-	counters LeaseCounters
 	ignored  []IgnoredKey
 	problems []string
 	table    *tableView
@@ -27,6 +28,8 @@ type view struct {
 
 	rules *rulesKeeper
 	saver *saver
+	mgr   *lease.Manager // nil before prepare has made it
+	acc   accelerator
 }
 
 // tableView is the part of a view that grows with the overlay; it is shared by
@@ -60,7 +63,7 @@ func (n *Node) status() Status {
 		Node: v.node, Underlay: v.underlay, Network: v.network, Device: v.device,
 		Listen: emptyNotNil(v.listen), Lease: v.lease, Etcd: v.etcd,
 		Peers: map[string]int{}, Skipped: []SkippedLease{},
-		Counters: v.counters, Ignored: emptyNotNil(v.ignored),
+		Ignored:    emptyNotNil(v.ignored),
 		SubnetFile: n.cfg.SubnetFile, StateDir: v.stateDir,
 		Problems: slices.Clone(emptyNotNil(v.problems)),
 		Rules:    RulesStatus{Mode: "none"},
@@ -80,6 +83,13 @@ func (n *Node) status() Status {
 		s.Device.Workers = st.Workers
 		s.Device.Offload, s.Device.OffloadReason = st.Offload.String(), st.OffloadReason
 		s.Device.SendSegmented, s.Device.ReceiveMerged = st.SendSegmented, st.ReceiveMerged
+	}
+	if v.mgr != nil {
+		st := v.mgr.State()
+		s.Etcd.Revision, s.Counters = st.Revision, LeaseCounters(st.Counters)
+	}
+	if s.Device.Accelerator != "" {
+		s.Device.Accelerator, s.Device.AcceleratorReason = v.acc.state()
 	}
 	if v.rules != nil {
 		s.Rules = v.rules.current()
