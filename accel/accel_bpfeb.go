@@ -27,7 +27,7 @@ type accelConfig struct {
 	UdpSource    uint16
 	VxlanSources [4]uint16
 	Mac          [6]uint8
-	Pad          [2]uint8
+	Source       [6]uint8
 	_            [2]byte
 	Snap         uint32
 }
@@ -41,6 +41,12 @@ type accelCounters struct {
 	ReceivedBytes  uint64
 	UnseenSent     uint64
 	UnseenReceived uint64
+}
+
+type accelHop struct {
+	_     structs.HostLayout
+	Mac   uint64
+	Asked uint64
 }
 
 type accelKey struct {
@@ -59,6 +65,8 @@ type accelPeer struct {
 	Vni     uint32
 	Mac     [6]uint8
 	Pad     [2]uint8
+	Hop     uint32
+	Pad2    [4]uint8
 	Bulk    [2]uint64
 }
 
@@ -84,6 +92,7 @@ type accelSample struct {
 const (
 	accelMapConfigs  = "configs"
 	accelMapCounted  = "counted"
+	accelMapHops     = "hops"
 	accelMapPeers    = "peers"
 	accelMapTaps     = "taps"
 	accelProgReceive = "receive"
@@ -143,6 +152,7 @@ type accelProgramSpecs struct {
 type accelMapSpecs struct {
 	Configs *ebpf.MapSpec `ebpf:"configs"`
 	Counted *ebpf.MapSpec `ebpf:"counted"`
+	Hops    *ebpf.MapSpec `ebpf:"hops"`
 	Peers   *ebpf.MapSpec `ebpf:"peers"`
 	Taps    *ebpf.MapSpec `ebpf:"taps"`
 }
@@ -176,6 +186,7 @@ func (o *accelObjects) Close() error {
 type accelMaps struct {
 	Configs *ebpf.Map `ebpf:"configs"`
 	Counted *ebpf.Map `ebpf:"counted"`
+	Hops    *ebpf.Map `ebpf:"hops"`
 	Peers   *ebpf.Map `ebpf:"peers"`
 	Taps    *ebpf.Map `ebpf:"taps"`
 }
@@ -184,6 +195,7 @@ func (m *accelMaps) Close() error {
 	return _AccelClose(
 		m.Configs,
 		m.Counted,
+		m.Hops,
 		m.Peers,
 		m.Taps,
 	)

@@ -40,9 +40,12 @@ type Config struct {
 	Whole bool
 	// MTU is the overlay's, in bytes.
 	MTU int
+	// Source is the underlay's Ethernet address.
+	Source [6]byte
 	// Way returns the index of the interface the route to an underlay address
-	// leads through. Peers that are not reached through Underlay are not served.
-	Way func(netip.Addr) int
+	// leads through, and the neighbour it leads to first; an invalid one leaves
+	// that to the kernel. Peers that are not reached through Underlay are not served.
+	Way func(netip.Addr) (index int, hop netip.Addr)
 	// Refused counts the writes to the TUN device that the kernel has among the
 	// packets it dropped there; nil for none.
 	Refused func() uint64
@@ -60,9 +63,12 @@ type Accelerator struct {
 	local  table.Local
 	peers  []table.Peer
 	mirror mirror
-	duty   engine.Duty
-	holds  []string
-	config accelConfig // as last written
+	hops   hops
+	// unwatch ends the subscription to the kernel's neighbours; nil without one.
+	unwatch func()
+	duty    engine.Duty
+	holds   []string
+	config  accelConfig // as last written
 	// watched is the observation that runs, nil without one, and snap what it wants.
 	watched *observation
 	snap    uint32
@@ -90,6 +96,9 @@ func (a *Accelerator) open() error {
 		return explain("load BPF programs", err)
 	}
 	a.mirror = newMirror(a.objs.Peers)
+	if err := a.hops.open(a.objs.Hops.FD(), a.objs.Hops.MaxEntries()); err != nil {
+		return err
+	}
 	for _, at := range []struct {
 		what   string
 		index  int
@@ -111,6 +120,7 @@ func (a *Accelerator) open() error {
 	}
 	a.lost = a.backlogDrops()
 	a.dropped = a.lost
+	a.watchNeighbours()
 	return nil
 }
 
@@ -133,6 +143,10 @@ func (a *Accelerator) Close() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.unobserve()
+	if a.unwatch != nil {
+		a.unwatch()
+		a.unwatch = nil
+	}
 	var errs []error
 	for _, l := range a.links {
 		errs = append(errs, l.Close())
@@ -141,6 +155,7 @@ func (a *Accelerator) Close() error {
 		a.nl.Close()
 	}
 	a.links, a.nl = nil, nil
+	a.hops.close()
 	return errors.Join(append(errs, a.objs.Close())...)
 }
 
@@ -153,7 +168,7 @@ func (a *Accelerator) Retract(local table.Local, peers []table.Peer) {
 		a.local = table.Local{}
 		a.configure()
 	}
-	a.retract(a.cfg.entries(peers))
+	a.retract(a.entries(peers))
 }
 
 // retract takes away what want says otherwise, and waits for the programs that
@@ -171,17 +186,35 @@ func (a *Accelerator) Follow(local table.Local, peers []table.Peer) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.local, a.peers = local, slices.Clone(peers)
-	a.check(a.mirror.enter(a.cfg.entries(peers)))
+	a.enter(a.entries(peers))
 	a.configure()
+}
+
+// enter adds what is missing after retract.
+func (a *Accelerator) enter(want map[netip.Prefix]accelPeer) {
+	a.check(a.mirror.enter(want))
+	used := map[uint32]bool{}
+	for _, e := range a.mirror.entered {
+		used[e.Hop] = true
+	}
+	a.hops.release(used)
+	if a.hops.added {
+		a.learnNeighbours()
+	}
 }
 
 // Refresh looks again at the ways to all peers.
 func (a *Accelerator) Refresh() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	want := a.cfg.entries(a.peers)
+	a.hops.doubted = false
+	if a.unwatch == nil {
+		a.watchNeighbours()
+	}
+	want := a.entries(a.peers)
 	a.retract(want)
-	a.check(a.mirror.enter(want))
+	a.enter(want)
+	a.learnNeighbours()
 }
 
 // check takes the programs off duty for good when a map could not be written:

@@ -7,7 +7,8 @@
 //
 // Words: a hit is a packet the programs carried; a hold is a reason for which
 // they are off duty for a while (a capture, a promiscuous TUN device); a whole
-// link carries super-packets without cutting them (a veth).
+// link carries super-packets without cutting them (a veth); a hop is the
+// neighbour on the underlay that a datagram goes to first.
 //
 // What is in their table is what engine.Table says, minus the peers they must
 // not serve. A changed entry is removed before the new table is in force and
@@ -21,5 +22,5 @@
 // committed; clang 14.0.6 makes the same bytes of the same source.
 package accel
 
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -target bpfel,bpfeb -cflags "-O2 -g -Wall -Werror -Wno-address-of-packed-member -I/usr/include/x86_64-linux-gnu" -type config -type peer -type key -type counters -type sample accel bpf/accel.c
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -target bpfel,bpfeb -cflags "-O2 -g -Wall -Werror -Wno-address-of-packed-member -I/usr/include/x86_64-linux-gnu" -type config -type peer -type hop -type key -type counters -type sample accel bpf/accel.c
 //go:generate sh -c "sha256sum bpf/accel.c >bpf/accel.c.sha256"

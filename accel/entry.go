@@ -22,26 +22,30 @@ var closed accelPeer
 
 // entries returns what the peer map shall hold: every peer, because one that
 // was left out would fall to a peer with a shorter prefix around it.
-func (c *Config) entries(peers []table.Peer) map[netip.Prefix]accelPeer {
+func (a *Accelerator) entries(peers []table.Peer) map[netip.Prefix]accelPeer {
 	m := make(map[netip.Prefix]accelPeer, len(peers))
 	for _, p := range peers {
-		m[p.Subnet] = c.entry(p)
+		m[p.Subnet] = a.entry(p)
 	}
 	return m
 }
 
 // entry returns the map's form of a peer.
-func (c *Config) entry(p table.Peer) accelPeer {
-	if !servable(p) || c.Way(p.Endpoint.Addr()) != c.Underlay {
+func (a *Accelerator) entry(p table.Peer) accelPeer {
+	if !servable(p) {
+		return closed
+	}
+	way, hop := a.cfg.Way(p.Endpoint.Addr())
+	if way != a.cfg.Underlay {
 		return closed
 	}
 	mtu := p.MTU
 	if mtu == 0 {
-		mtu = c.MTU
+		mtu = a.cfg.MTU
 	}
 	e := accelPeer{
 		Addr: native32(p.Endpoint.Addr()), Port: native16(p.Endpoint.Port()),
-		Framing: framingUDP, Mtu: uint32(mtu),
+		Framing: framingUDP, Mtu: uint32(mtu), Hop: a.hops.of(hop),
 	}
 	if p.Framing == encap.FramingVXLAN {
 		e.Framing, e.Vni, e.Mac = framingVXLAN, vniWord(p.VNI), p.MAC
@@ -75,7 +79,7 @@ func (a *Accelerator) configFor() accelConfig {
 	for i, p := range a.cfg.Sources.VXLAN {
 		c.VxlanSources[i] = native16(p)
 	}
-	c.Snap = a.snap
+	c.Source, c.Snap = a.cfg.Source, a.snap
 	if a.cfg.Whole {
 		c.Flags |= flagWhole
 	}

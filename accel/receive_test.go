@@ -43,11 +43,11 @@ func testConfig() Config {
 	return Config{
 		TUN: tunIndex, Underlay: underlayIndex, Local: ourAddr, VXLANPort: 8472, UDPPort: 8285, MTU: 1450,
 		Sources: engine.SourcePorts{UDP: 8285, VXLAN: [4]uint16{40001, 40002, 40003, 40004}},
-		Way: func(a netip.Addr) int {
+		Way: func(a netip.Addr) (int, netip.Addr) {
 			if a == netip.MustParseAddr("198.51.100.6") {
-				return underlayIndex + 100
+				return underlayIndex + 100, netip.Addr{}
 			}
-			return underlayIndex
+			return underlayIndex, netip.Addr{}
 		},
 	}
 }

@@ -37,6 +37,9 @@ type bench struct {
 	home, away *netns.Namespace // the node's and the far end's
 	peers      []table.Peer
 	node       netip.Addr
+	nl         *netlink.Handle             // of the node's namespace
+	hop        func(netip.Addr) netip.Addr // what the routing table says
+	frame      [14]byte                    // header of the last frame that arrived
 }
 
 // newBench builds one. The peers all live at the far end.
@@ -54,7 +57,10 @@ func newBench(t *testing.T, whole bool) *bench {
 			t.Error(err)
 		}
 	})
-	b := &bench{t: t, host: -1, wire: -1, node: lan.Addr(0), home: lan.Nodes[0], away: lan.Nodes[1]}
+	b := &bench{
+		t: t, host: -1, wire: -1, node: lan.Addr(0), home: lan.Nodes[0], away: lan.Nodes[1],
+		hop: func(a netip.Addr) netip.Addr { return a },
+	}
 	t.Cleanup(func() { unix.Close(b.host); unix.Close(b.wire) })
 	if b.batch, err = tun.NewReadBatch(); err != nil {
 		t.Fatal(err)
@@ -113,7 +119,13 @@ func (b *bench) open(whole bool) error {
 	}
 	cfg := testConfig()
 	cfg.TUN, cfg.Underlay, cfg.Local, cfg.Whole = b.tun, under.Attrs().Index, b.node, whole
-	cfg.Way, cfg.Refused = func(netip.Addr) int { return cfg.Underlay }, dev.Refused
+	cfg.Refused = dev.Refused
+	copy(cfg.Source[:], under.Attrs().HardwareAddr)
+	cfg.Way = func(a netip.Addr) (int, netip.Addr) { return cfg.Underlay, b.hop(a) }
+	if b.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return err
+	}
+	b.t.Cleanup(b.nl.Close)
 	if b.a, err = New(cfg); err != nil {
 		if errors.Is(err, unix.EPERM) || errors.Is(err, ErrUnsupported) {
 			impossible(b.t, err)
@@ -181,7 +193,7 @@ func (b *bench) send(t fataler, packet []byte, gso int) (wire, worker []byte) {
 				if wire != nil {
 					t.Fatalf("two datagrams for one packet")
 				}
-				wire = bytes.Clone(f)
+				wire, b.frame = bytes.Clone(f), [14]byte(buf)
 			}
 		} else if err != unix.EAGAIN {
 			t.Fatalf("wire: %v", err)

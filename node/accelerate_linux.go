@@ -39,6 +39,7 @@ type acceleratorHost struct {
 	underlay int        // interface index
 	addr     netip.Addr // of the sockets
 	whole    bool       // the link carries super-packets without cutting them
+	source   [6]byte    // Ethernet address
 }
 
 // state returns what DeviceStatus says.
@@ -80,7 +81,7 @@ func (r *runner) tryAccelerator() error {
 	cfg := accel.Config{
 		TUN: r.link.index, Underlay: host.underlay, Local: host.addr,
 		Sources: r.eng.SourcePorts(), Whole: host.whole, MTU: r.overlay.mtu,
-		Way: r.path.way, Refused: r.dev.Refused,
+		Source: host.source, Way: r.path.way, Refused: r.dev.Refused,
 	}
 	for _, at := range r.eng.Listening() {
 		switch at.Framing {
@@ -114,8 +115,9 @@ func (r *runner) closeAccelerator() {
 	r.acc = accelerator{}
 }
 
-// checkAccelerator tells the accelerator what has changed on the host.
-func (r *runner) checkAccelerator() {
+// checkAccelerator tells the accelerator what has changed on the host; waysAsked
+// says that the ways to the peers are among it.
+func (r *runner) checkAccelerator(waysAsked bool) {
 	if r.acc.waits {
 		r.openAccelerator()
 	}
@@ -128,12 +130,18 @@ func (r *runner) checkAccelerator() {
 		return
 	}
 	r.acc.Hold(r.accelHolds())
-	r.acc.Refresh()
+	if waysAsked {
+		r.acc.Refresh()
+	}
 }
 
 // holdAccelerator looks at once, not only when changes have settled, whether the
-// accelerator has to stand back, unless it did so a moment ago.
+// accelerator has to stand back, unless it did so a moment ago. Until the ways
+// to the peers are asked for again, the kernel finds them.
 func (r *runner) holdAccelerator() {
+	if r.acc.Accelerator != nil {
+		r.acc.Doubt()
+	}
 	if time.Since(r.acc.heldAt) >= holdInterval {
 		r.lookAtHolds()
 	}
@@ -158,7 +166,9 @@ func (r *runner) acceleratorHost() (acceleratorHost, error) {
 	if kind := l.Attrs().EncapType; kind != "ether" {
 		return acceleratorHost{}, fmt.Errorf("%w: underlay %s is not an Ethernet interface but %s", errNoHost, r.u.name, kind)
 	}
-	return acceleratorHost{underlay: r.u.index, addr: bindAddr(r.u, r.host), whole: carriesWhole(l)}, nil
+	host := acceleratorHost{underlay: r.u.index, addr: bindAddr(r.u, r.host), whole: carriesWhole(l)}
+	copy(host.source[:], l.Attrs().HardwareAddr)
+	return host, nil
 }
 
 // accelHolds lists why nothing may be carried past the workers at present.
@@ -205,8 +215,9 @@ func carriesWhole(l netlink.Link) bool {
 }
 
 // way returns the index of the interface that addr is reached through, 0 when
-// there is none or more than one.
-func (c *pathCache) way(addr netip.Addr) int {
+// there is none or more than one, and the neighbour its packets go to first.
+func (c *pathCache) way(addr netip.Addr) (index int, hop netip.Addr) {
 	c.get(addr)
-	return c.paths[addr].link
+	p := c.paths[addr]
+	return p.link, p.hop
 }

@@ -261,9 +261,22 @@ func TestPathMTUComesFromRouteOrInterfaceAndSeesLoops(t *testing.T) {
 		t.Error("the new route was not seen")
 	}
 	check("192.0.2.77", 1300, false)
-	if i, want := c.way(addr("192.0.2.77")), mustLink(t, nl, netns.LANInterface).Attrs().Index; i != want {
-		t.Errorf("the way leads through interface %d, want %d", i, want)
+	lan := mustLink(t, nl, netns.LANInterface).Attrs().Index
+	checkWay := func(why string, index int, hop netip.Addr) {
+		t.Helper()
+		if i, h := c.way(addr("192.0.2.77")); i != index || h != hop {
+			t.Errorf("%s: the way leads through interface %d to %v, want %d and %v", why, i, h, index, hop)
+		}
 	}
+	checkWay("on the link", lan, addr("192.0.2.77"))
+	r.Gw = addr("192.0.2.12").AsSlice()
+	r.Scope = netlink.SCOPE_UNIVERSE
+	r.SetFlag(netlink.FLAG_ONLINK)
+	if err := nl.RouteReplace(r); err != nil {
+		t.Fatal(err)
+	}
+	c.refresh(inUse)
+	checkWay("behind a gateway", lan, addr("192.0.2.12"))
 	if err := nl.LinkSetDown(mustLink(t, nl, netns.LANInterface)); err != nil {
 		t.Fatal(err)
 	}
@@ -271,11 +284,32 @@ func TestPathMTUComesFromRouteOrInterfaceAndSeesLoops(t *testing.T) {
 		t.Error("a flapping link changed the MTU")
 	}
 	check("192.0.2.77", 1300, false)
-	if i := c.way(addr("192.0.2.77")); i != 0 {
-		t.Errorf("the way is gone, and said to lead through interface %d", i)
-	}
+	checkWay("gone", 0, netip.Addr{})
 	if len(c.paths) != 1 {
 		t.Errorf("%d addresses are remembered, 1 is in use", len(c.paths))
+	}
+}
+
+// TestOnlyAPlainRouteHasAFirstHop: of the others the kernel knows more than that.
+func TestOnlyAPlainRouteHasAFirstHop(t *testing.T) {
+	peer, gw := addr("192.0.2.77"), addr("192.0.2.12")
+	for _, c := range []struct {
+		what  string
+		route netlink.Route
+		want  netip.Addr
+	}{
+		{"on the link", netlink.Route{Type: unix.RTN_UNICAST}, peer},
+		{"gateway", netlink.Route{Type: unix.RTN_UNICAST, Gw: gw.AsSlice()}, gw},
+		{"gateway in 16 bytes", netlink.Route{Type: unix.RTN_UNICAST, Gw: net.IP(gw.AsSlice()).To16()}, gw},
+		{"several", netlink.Route{Type: unix.RTN_UNICAST, MultiPath: []*netlink.NexthopInfo{{LinkIndex: 3}}}, netip.Addr{}},
+		{"IPv6 gateway", netlink.Route{Type: unix.RTN_UNICAST, Via: &netlink.Via{}}, netip.Addr{}},
+		{"encapsulated", netlink.Route{Type: unix.RTN_UNICAST, Encap: &netlink.BpfEncap{}}, netip.Addr{}},
+		{"MPLS", netlink.Route{Type: unix.RTN_UNICAST, NewDst: &netlink.MPLSDestination{}}, netip.Addr{}},
+		{"blackhole", netlink.Route{Type: unix.RTN_BLACKHOLE}, netip.Addr{}},
+	} {
+		if got := firstHop(&c.route, peer); got != c.want {
+			t.Errorf("%s: %v, want %v", c.what, got, c.want)
+		}
 	}
 }
 
@@ -302,8 +336,9 @@ func TestPathIsThatOfTheSource(t *testing.T) {
 	if !c.refresh(map[netip.Addr]bool{peer: true}) {
 		t.Error("the rule was not seen")
 	}
-	if mtu, _ := c.get(peer); mtu != 1400 || c.way(peer) != uplink.Index {
-		t.Errorf("MTU %d through interface %d, expected 1400 through %d", mtu, c.way(peer), uplink.Index)
+	mtu, _ := c.get(peer)
+	if index, _ := c.way(peer); mtu != 1400 || index != uplink.Index {
+		t.Errorf("MTU %d through interface %d, expected 1400 through %d", mtu, index, uplink.Index)
 	}
 	c.leave(addr("192.0.2.12")) // not ours: no way, and nothing remembered
 	if mtu, _ := c.get(peer); mtu != 0 {
@@ -311,7 +346,7 @@ func TestPathIsThatOfTheSource(t *testing.T) {
 	}
 }
 
-func TestNetWatchReportsLinksAndRoutes(t *testing.T) {
+func TestNetWatchReportsLinksRoutesAndRules(t *testing.T) {
 	l := lan(t, netns.LANConfig{Nodes: 1})
 	nl, err := l.Nodes[0].Netlink()
 	if err != nil {
@@ -326,6 +361,12 @@ func TestNetWatchReportsLinksAndRoutes(t *testing.T) {
 	foreignRoute(t, nl, "10.5.0.0/16")
 	<-w.changed
 	if err := nl.LinkSetMTU(mustLink(t, nl, netns.LANInterface), 1400); err != nil {
+		t.Fatal(err)
+	}
+	<-w.changed
+	rule := netlink.NewRule()
+	rule.Table, rule.Priority = 100, 100
+	if err := nl.RuleAdd(rule); err != nil {
 		t.Fatal(err)
 	}
 	<-w.changed

@@ -6,10 +6,11 @@ import (
 	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// netWatch reports that links, addresses or routes changed. It says only that
+// netWatch reports that links, addresses, routes or rules changed. It says only that
 // something did: the reader looks at the present state, so a lost message is
 // harmless as long as one follows.
 type netWatch struct {
@@ -26,15 +27,21 @@ func watchNet(log *slog.Logger) (*netWatch, error) {
 	links := make(chan netlink.LinkUpdate, 16)
 	addrs := make(chan netlink.AddrUpdate, 16)
 	routes := make(chan netlink.RouteUpdate, 64)
-	err := errors.Join(
+	rules, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_RULE)
+	if err != nil {
+		return nil, err
+	}
+	err = errors.Join(
 		netlink.LinkSubscribeWithOptions(links, w.done, netlink.LinkSubscribeOptions{ErrorCallback: w.fail}),
 		netlink.AddrSubscribeWithOptions(addrs, w.done, netlink.AddrSubscribeOptions{ErrorCallback: w.fail}),
 		netlink.RouteSubscribeWithOptions(routes, w.done, netlink.RouteSubscribeOptions{ErrorCallback: w.fail}),
 	)
 	if err != nil {
 		close(w.done)
+		rules.Close()
 		return nil, err
 	}
+	go w.watchRules(rules)
 	go pump(links, w, func(netlink.LinkUpdate) bool { return true })
 	go pump(addrs, w, func(netlink.AddrUpdate) bool { return true })
 	go pump(routes, w, func(u netlink.RouteUpdate) bool {
@@ -45,13 +52,31 @@ func watchNet(log *slog.Logger) (*netWatch, error) {
 
 func pump[T any](in <-chan T, w *netWatch, relevant func(T) bool) {
 	for u := range in {
-		if !relevant(u) {
-			continue
+		if relevant(u) {
+			w.notify()
 		}
-		select {
-		case w.changed <- struct{}{}:
-		default:
+	}
+}
+
+func (w *netWatch) notify() {
+	select {
+	case w.changed <- struct{}{}:
+	default:
+	}
+}
+
+// watchRules reads what the kernel says of rules, all of which matter.
+func (w *netWatch) watchRules(s *nl.NetlinkSocket) {
+	go func() {
+		<-w.done
+		s.Close()
+	}()
+	for {
+		if _, _, err := s.Receive(); err != nil {
+			w.fail(err)
+			return
 		}
+		w.notify()
 	}
 }
 
@@ -64,10 +89,7 @@ func (w *netWatch) fail(err error) {
 	}
 	w.broken.Store(true)
 	w.log.Warn("network change subscription ended; checking periodically until it is renewed", "err", err)
-	select {
-	case w.changed <- struct{}{}:
-	default:
-	}
+	w.notify()
 }
 
 func (w *netWatch) close() { close(w.done) }

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // pathInfo is what the kernel's routing table says of the way to a peer.
@@ -11,6 +12,9 @@ type pathInfo struct {
 	mtu   int  // bytes, 0 when there is no way now
 	loops bool // the way leads into our own TUN
 	link  int  // index of the only interface, 0 when there are several
+	// hop is the gateway or the peer itself; invalid when that is not all that
+	// there is to say of the way.
+	hop netip.Addr
 }
 
 // pathCache remembers the way to every peer, because asking costs a system
@@ -59,7 +63,7 @@ func (c *pathCache) refresh(inUse map[netip.Addr]bool) bool {
 		// socket will say so for each packet, and the MTU comes back with it.
 		// Only the interface is not known any more.
 		if p.mtu == 0 && !p.loops {
-			old.link = 0
+			old.link, old.hop = 0, netip.Addr{}
 			c.paths[ip] = old
 			continue
 		}
@@ -89,6 +93,7 @@ func (c *pathCache) ask(ip netip.Addr) pathInfo {
 	p := pathInfo{mtu: r.MTU}
 	if len(links) == 1 {
 		p.link = links[0]
+		p.hop = firstHop(&r, ip)
 	}
 	for _, index := range links {
 		p.loops = p.loops || c.tun != 0 && index == c.tun
@@ -97,6 +102,18 @@ func (c *pathCache) ask(ip netip.Addr) pathInfo {
 		}
 	}
 	return p
+}
+
+// firstHop returns the neighbour on a route to ip that has one interface.
+func firstHop(r *netlink.Route, ip netip.Addr) netip.Addr {
+	switch {
+	case len(r.MultiPath) > 0 || r.Encap != nil || r.Via != nil || r.NewDst != nil || r.Type != unix.RTN_UNICAST:
+		return netip.Addr{}
+	case r.Gw == nil:
+		return ip
+	}
+	gw, _ := netip.AddrFromSlice(r.Gw)
+	return gw.Unmap()
 }
 
 func (c *pathCache) linkMTU(index int) int {

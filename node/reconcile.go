@@ -33,7 +33,7 @@ func (r *runner) reconcile() (again bool) {
 	}
 	r.netChanged = false
 	r.note(&r.linkProblem, "device not configured, trying again", r.forward())
-	r.checkAccelerator()
+	r.checkAccelerator(!again)
 	if r.cfg.BlackholeRoute {
 		r.setBlackhole()
 	}

@@ -51,6 +51,10 @@
 // that peer follow it for this long, so that none overtakes it. In ns.
 #define BULK 20000000ull
 
+// How often a packet takes the kernel's way to the neighbour although the hop's
+// address is known: so the kernel goes on to check that it is there. In ns.
+#define ASK 250000000ull
+
 // What stands before the packet, behind the outer Ethernet header.
 #define OUTER (sizeof(struct iphdr) + sizeof(struct udphdr))
 #define PREFIX 22 // VXLAN and Ethernet headers
@@ -66,7 +70,10 @@ struct outer {
 	struct ethhdr eth;
 	struct iphdr ip;
 	struct udphdr udp;
-	struct vxlan vx;
+	union {
+		struct vxlan vx;
+		struct iphdr ip_in; // of the udp framing, which has nothing between
+	} __attribute__((packed));
 } __attribute__((packed));
 
 // config is what the programs know of their own node. Addresses, ports and
@@ -82,7 +89,7 @@ struct config {
 	__be16 udp_source; // source ports of what is sent
 	__be16 vxlan_sources[4];
 	__u8 mac[6];
-	__u8 pad[2];
+	__u8 source[6]; // of frames
 	__u32 snap; // bytes of a datagram's payload that a capture wants; 0: there is none
 };
 
@@ -103,7 +110,15 @@ struct peer {
 	__be32 vni;
 	__u8 mac[6];
 	__u8 pad[2];
+	__u32 hop; // index of the first hop to addr; 0: one that is not known
+	__u8 pad2[4];
 	__u64 bulk[2]; // ns, when the last super-packet of TCP, of UDP went to the workers
+};
+
+// hop is a neighbour on the underlay. User space writes mac, the programs the rest.
+struct hop {
+	__u64 mac;   // Ethernet address, two bytes of zeros; 0: only the kernel knows
+	__u64 asked; // ns, when a packet last took the kernel's way
 };
 
 // counters are inner packets as on the wire: a super-packet counts as its
@@ -151,6 +166,14 @@ struct {
 	__type(key, struct key);
 	__type(value, struct peer);
 } peers SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct hop);
+} hops SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -249,6 +272,22 @@ static __always_inline int follows(__u64 bulk)
 	return bulk && bpf_ktime_get_coarse_ns() - bulk < BULK;
 }
 
+// neighbour returns the Ethernet address to send to, as struct hop has it, and 0
+// when the kernel shall look for it.
+static __always_inline __u64 neighbour(__u32 index)
+{
+	struct hop *h = index ? bpf_map_lookup_elem(&hops, &index) : 0;
+	__u64 mac = h ? *(volatile __u64 *)&h->mac : 0;
+
+	if (!mac)
+		return 0;
+	__u64 now = bpf_ktime_get_coarse_ns();
+	if (now - h->asked < ASK)
+		return mac;
+	h->asked = now;
+	return 0;
+}
+
 // segments returns how many packets of the wire a packet stands for; size is
 // its gso_size.
 static __always_inline __u32 segments(__u32 size, __u32 len, __u32 headers)
@@ -270,15 +309,15 @@ int send(struct __sk_buff *skb)
 	struct iphdr *ip = linear(skb, sizeof(*ip));
 	if (!ip || ip->version != 4 || ip->ihl != 5 || bpf_ntohs(ip->tot_len) != skb->len)
 		return PASS;
-	struct peer *p = peer_of(ip->daddr);
-	if (!p || ip->ttl < (p->framing == FRAMING_UDP ? 2 : 1))
+	struct iphdr in = *ip;
+	struct peer *p = peer_of(in.daddr);
+	if (!p || in.ttl < (p->framing == FRAMING_UDP ? 2 : 1))
 		return PASS;
 
-	__u8 protocol = ip->protocol, ttl = ip->ttl, ecn = ip->tos & 3;
-	__u16 check = ip->check;
-	__be32 mix = ip->saddr ^ ip->daddr;
-	__u32 headers = sizeof(*ip);
-	int fragment = ip->frag_off & bpf_htons(0x3fff);
+	__u8 protocol = in.protocol, ecn = in.tos & 3;
+	__be32 mix = in.saddr ^ in.daddr;
+	__u32 headers = sizeof(in);
+	int fragment = in.frag_off & bpf_htons(0x3fff);
 	if (protocol == IPPROTO_TCP && !fragment) {
 		__u8 *b = linear(skb, 40);
 		if (!b)
@@ -318,9 +357,17 @@ int send(struct __sk_buff *skb)
 		o.vx.type = bpf_htons(ETH_P_IP);
 		o.udp.source = c->vxlan_sources[bpf_ntohl(mix) * 0x9e3779b1 >> 30];
 	} else {
+		// The TTL is the high byte of its word (RFC 1624).
+		__u32 sum = in.check + bpf_htons(0x0100);
+		in.check = sum + (sum >= 0xffff);
+		in.ttl--;
+		o.ip_in = in;
 		o.udp.source = c->udp_source;
 	}
-	o.eth.h_proto = bpf_htons(ETH_P_IP); // redirect_neigh writes the addresses
+	__u64 mac = neighbour(p->hop); // without one, redirect_neigh writes the addresses
+	__builtin_memcpy(o.eth.h_dest, &mac, 6);
+	__builtin_memcpy(o.eth.h_source, c->source, 6);
+	o.eth.h_proto = bpf_htons(ETH_P_IP);
 	o.ip.version = 4;
 	o.ip.ihl = 5;
 	o.ip.tos = ecn; // RFC 6040 section 4.1, normal mode
@@ -339,19 +386,8 @@ int send(struct __sk_buff *skb)
 	// From here on the packet is no longer what the workers could take.
 	if (bpf_skb_change_head(skb, ETH_HLEN, 0))
 		goto failed;
-	if (size == OUTER) {
-		if (bpf_skb_store_bytes(skb, 0, &o, ETH_HLEN + OUTER, 0))
-			goto failed;
-		// The TTL is the high byte of its word (RFC 1624).
-		__u32 sum = check + bpf_htons(0x0100);
-		check = sum + (sum >= 0xffff);
-		ttl--;
-		if (bpf_skb_store_bytes(skb, ETH_HLEN + OUTER + offsetof(struct iphdr, ttl), &ttl, 1, 0) ||
-		    bpf_skb_store_bytes(skb, ETH_HLEN + OUTER + offsetof(struct iphdr, check), &check, 2, 0))
-			goto failed;
-	} else if (bpf_skb_store_bytes(skb, 0, &o, sizeof(o), 0)) {
+	if (bpf_skb_store_bytes(skb, 0, &o, size == OUTER ? ETH_HLEN + OUTER + sizeof(in) : sizeof(o), 0))
 		goto failed;
-	}
 	if (c->snap) {
 		struct sample s = {
 			.peer = o.ip.daddr, .peer_port = o.udp.dest, .local = o.ip.saddr, .local_port = o.udp.source,
@@ -364,7 +400,7 @@ int send(struct __sk_buff *skb)
 	skb->mark = 0;
 	n->sent += count;
 	n->sent_bytes += len + (__u64)(count - 1) * headers;
-	return bpf_redirect_neigh(c->underlay, 0, 0, 0);
+	return mac ? bpf_redirect(c->underlay, 0) : bpf_redirect_neigh(c->underlay, 0, 0, 0);
 failed:
 	n->failed += count;
 	return DROP;
