@@ -139,15 +139,15 @@ func (o *outlet) send(p []byte) int {
 		bufs = bufs[:1]
 	}
 	for {
-		n, err := unix.SendmsgBuffers(o.fd, bufs, nil, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		n, e := sendmsg(o.fd, bufs)
 		switch {
-		case errors.Is(err, unix.EINTR):
+		case e == unix.EINTR:
 			continue
-		case errors.Is(err, unix.EAGAIN):
+		case e == unix.EAGAIN:
 			o.full = true
 			return 0
-		case err != nil:
-			o.err = fmt.Errorf("netstack: write: %w", err)
+		case e != 0:
+			o.err = fmt.Errorf("netstack: write: %w", e)
 			return 0
 		}
 		had := len(o.pending)
@@ -232,14 +232,14 @@ func (in *inlet) step(fd uintptr) bool {
 func (in *inlet) empty() bool {
 	var b [1]byte
 	for {
-		n, _, err := unix.Recvfrom(in.fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		n, e := recv(in.fd, b[:], unix.MSG_PEEK)
 		switch {
-		case errors.Is(err, unix.EINTR):
+		case e == unix.EINTR:
 			continue
-		case errors.Is(err, unix.EAGAIN):
+		case e == unix.EAGAIN:
 			return true
-		case err != nil:
-			in.err = fmt.Errorf("netstack: read: %w", err)
+		case e != 0:
+			in.err = fmt.Errorf("netstack: read: %w", e)
 			return true
 		}
 		in.ended = n == 0
@@ -249,9 +249,9 @@ func (in *inlet) empty() bool {
 
 // Len implements tcpip.Payloader: how much Read will deliver without waiting.
 func (in *inlet) Len() int {
-	n, err := unix.IoctlGetInt(in.fd, unix.SIOCINQ)
-	if err != nil {
-		in.err = fmt.Errorf("netstack: read: %w", err)
+	n, e := inQueue(in.fd)
+	if e != 0 {
+		in.err = fmt.Errorf("netstack: read: %w", e)
 		return 0
 	}
 	return min(n, holdLimit)
@@ -263,18 +263,16 @@ func (in *inlet) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	for {
-		n, err := unix.Read(in.fd, p)
-		if errors.Is(err, unix.EINTR) {
+		n, e := recv(in.fd, p, 0)
+		if e == unix.EINTR {
 			continue
 		}
-		if err == nil && n <= 0 {
-			err = io.ErrUnexpectedEOF // Len has seen more
-		}
-		if err != nil {
-			in.err = fmt.Errorf("netstack: read: %w", err)
-			return 0, in.err
+		if e == 0 && n == 0 {
+			in.err = fmt.Errorf("netstack: read: %w", io.ErrUnexpectedEOF) // Len has seen more
+		} else if e != 0 {
+			in.err = fmt.Errorf("netstack: read: %w", e)
 		}
 		in.taken += n
-		return n, nil
+		return n, in.err
 	}
 }

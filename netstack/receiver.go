@@ -51,14 +51,18 @@ func newReceiver(raw syscall.RawConn) *receiver {
 	bells := make([]byte, 1)
 	r.wait = func(fd uintptr) bool {
 		for {
-			r.size, r.err = unix.Read(int(fd), bells)
+			n, e := recv(int(fd), bells, 0)
 			switch {
-			case errors.Is(r.err, unix.EINTR):
+			case e == unix.EINTR:
 				continue
-			case r.err == nil && r.size == 0:
+			case e == unix.EAGAIN:
+				return false
+			case e != 0:
+				r.err = e
+			case n == 0:
 				r.err = io.EOF
 			}
-			return !errors.Is(r.err, unix.EAGAIN)
+			return true
 		}
 	}
 	return r

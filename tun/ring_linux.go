@@ -33,6 +33,9 @@ func NewRing() (*Ring, int, error) {
 	return r, fd, nil
 }
 
+// Report returns what the program says of itself. It may be used until Close.
+func (r *Ring) Report() *ring.Report { return r.memory.Report() }
+
 // Close lets go of the memory once no Queue holds it.
 func (r *Ring) Close() { r.memory.Release() }
 

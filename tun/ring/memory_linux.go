@@ -3,6 +3,7 @@ package ring
 import (
 	"fmt"
 	"sync/atomic"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -76,6 +77,9 @@ func (m *Memory) Ends(s Side) (out *Producer, in *Consumer) {
 	}
 	return &Producer{lane: toProgram}, &Consumer{lane: toEngine}
 }
+
+// Report returns the program's report. It may be used while the memory is held.
+func (m *Memory) Report() *Report { return (*Report)(unsafe.Pointer(&m.bytes[reportAt])) }
 
 // Hold keeps the memory mapped until one more Release.
 func (m *Memory) Hold() { m.holds.Add(1) }
