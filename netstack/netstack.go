@@ -37,6 +37,8 @@ const (
 	detachTime = 2 * time.Second
 	// retryTime is the time between attempts to attach again.
 	retryTime = 500 * time.Millisecond
+	// reportTime is the time between two reports to the engine.
+	reportTime = time.Second
 	// socketBuffer is asked for, in bytes; net.core.wmem_max is granted.
 	socketBuffer = 4 << 20
 )
@@ -66,7 +68,7 @@ type Net struct {
 	status  node.AttachmentStatus
 	link    *link
 	stack   *stack.Stack
-	conn    atomic.Pointer[net.UnixConn]
+	wire    atomic.Pointer[wire] // nil while there is no engine
 	ctx     context.Context
 	end     context.CancelCauseFunc
 	pumps   sync.WaitGroup
@@ -90,6 +92,7 @@ func New(ctx context.Context, c Config) (*Net, error) {
 	n.use(w)
 	n.ctx, n.end = context.WithCancelCause(context.Background())
 	n.pumps.Go(func() { n.in(w) })
+	n.pumps.Go(n.report)
 	return n, nil
 }
 
@@ -126,7 +129,7 @@ func (n *Net) attach(ctx context.Context, addr netip.Addr) (*wire, node.Attachme
 
 // use makes w the way to the engine.
 func (n *Net) use(w *wire) {
-	n.conn.Store(w.conn)
+	n.wire.Store(w)
 	n.link.out.Store(w.out)
 }
 
@@ -136,7 +139,7 @@ func (n *Net) in(w *wire) {
 	for {
 		n.receive(w.in)
 		n.link.out.Store(nil)
-		n.conn.Store(nil)
+		n.wire.Store(nil)
 		w.close()
 		if n.ctx.Err() != nil {
 			return
@@ -197,12 +200,12 @@ func (n *Net) lost(err error) {
 func (n *Net) Close() error {
 	n.closing.Do(func() {
 		n.end(net.ErrClosed)
-		if c := n.conn.Load(); c != nil {
+		if w := n.wire.Load(); w != nil {
 			// Without it the engine would notice a moment later.
 			ctx, cancel := context.WithTimeout(context.Background(), detachTime)
 			_ = n.cfg.Engine.Detach(ctx, n.status.Name)
 			cancel()
-			c.Close()
+			w.conn.Close()
 		}
 		n.stack.RemoveNIC(nic)
 		n.stack.Close()
@@ -224,15 +227,7 @@ func (n *Net) MTU() int { return n.status.MTU }
 func (n *Net) Name() string { return n.status.Name }
 
 // Stats counts packets since New. A super-packet counts once.
-type Stats struct {
-	// Received came from the engine. Of them, BadChecksum were dropped for their
-	// TCP or UDP checksum, Malformed for their IP header, its checksum included.
-	Received, BadChecksum, Malformed uint64
-	// Sent went to the engine; Lost of them met no engine.
-	Sent, Lost uint64
-	// Retransmitted are TCP segments that were sent again.
-	Retransmitted uint64
-}
+type Stats = node.ProgramStats
 
 // Stats are the stack's own counters.
 func (n *Net) Stats() Stats {
@@ -247,10 +242,18 @@ func (n *Net) Stats() Stats {
 	}
 }
 
-// String is the counters in one line.
-func (s Stats) String() string {
-	return fmt.Sprintf("received %d (bad checksum %d, malformed %d), sent %d (no engine %d), retransmitted %d",
-		s.Received, s.BadChecksum, s.Malformed, s.Sent, s.Lost, s.Retransmitted)
+// report tells the engine the counters now and then, for tweed ps.
+func (n *Net) report() {
+	tick := time.NewTicker(reportTime)
+	defer tick.Stop()
+	for {
+		n.wire.Load().report(n.Stats())
+		select {
+		case <-n.ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 // Dial connects to an address of the overlay, a literal IPv4 address and port.

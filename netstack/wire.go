@@ -92,6 +92,18 @@ func (w *wire) close() {
 	}
 }
 
+// report writes the counters where the engine finds them, if there is a place.
+func (w *wire) report(s Stats) {
+	if w == nil {
+		return
+	}
+	w.out.mu.Lock()
+	defer w.out.mu.Unlock()
+	if w.memory != nil {
+		s.Put(w.memory.Report())
+	}
+}
+
 // sender sends to one engine.
 type sender struct {
 	raw  syscall.RawConn
@@ -115,10 +127,8 @@ func newSender(raw syscall.RawConn) *sender {
 			}
 		}
 	}
-	bell := []byte{0}
 	s.wake = func(fd uintptr) bool {
-		// When the socket is full, there are enough of them.
-		_ = unix.Sendto(int(fd), bell, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
+		ringBell(int(fd))
 		return true
 	}
 	return s

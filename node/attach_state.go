@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"tweed/attach"
+	"tweed/tun/ring"
 )
 
 const (
@@ -195,6 +196,9 @@ type AttachmentStatus struct {
 	Socket    string `json:"socket,omitempty"`
 	// SharedMemory says that a program's packets do not go through its socket.
 	SharedMemory bool `json:"shared_memory,omitempty"`
+	// Program is what a program with shared memory says of its network stack, not
+	// older than a second or two.
+	Program *ProgramStats `json:"program,omitempty"`
 	// MTU is in bytes. Network is what the address reaches over the overlay.
 	MTU int `json:"mtu"`
 	// GSOMaxSize is the largest super-packet in bytes, 0 if there are none.
@@ -203,6 +207,47 @@ type AttachmentStatus struct {
 	Offload       string       `json:"offload,omitempty"`
 	OffloadReason string       `json:"offload_reason,omitempty"`
 	Since         time.Time    `json:"since"`
+}
+
+// ProgramStats are the counters of a program's network stack, in packets since it
+// was attached for the first time. A super-packet counts once.
+type ProgramStats struct {
+	// Received came from the engine. Of them, BadChecksum were dropped for their
+	// TCP or UDP checksum, Malformed for their IP header, its checksum included.
+	Received    uint64 `json:"received"`
+	BadChecksum uint64 `json:"bad_checksum"`
+	Malformed   uint64 `json:"malformed"`
+	// Sent went to the engine, or met none: those are Lost.
+	Sent uint64 `json:"sent"`
+	Lost uint64 `json:"lost"`
+	// Retransmitted are TCP segments that were sent again.
+	Retransmitted uint64 `json:"retransmitted"`
+}
+
+// String is the counters in one line.
+func (s ProgramStats) String() string {
+	return fmt.Sprintf("received %d (bad checksum %d, malformed %d), sent %d (no engine %d), retransmitted %d",
+		s.Received, s.BadChecksum, s.Malformed, s.Sent, s.Lost, s.Retransmitted)
+}
+
+// fields are the counters in the order of a ring's report.
+func (s *ProgramStats) fields() [6]*uint64 {
+	return [6]*uint64{&s.Received, &s.BadChecksum, &s.Malformed, &s.Sent, &s.Lost, &s.Retransmitted}
+}
+
+// Put writes the counters into a report.
+func (s ProgramStats) Put(r *ring.Report) {
+	for i, f := range s.fields() {
+		r[i].Store(*f)
+	}
+}
+
+func programStats(r *ring.Report) *ProgramStats {
+	s := new(ProgramStats)
+	for i, f := range s.fields() {
+		*f = r[i].Load()
+	}
+	return s
 }
 
 // AttachmentsAnswer lists the attachments in order of their addresses.
@@ -224,7 +269,9 @@ func (t *attachment) status() AttachmentStatus {
 		s.Tier, s.MTU, s.GSOMaxSize, s.Network = t.made.Tier, t.link.MTU, t.link.GSOMaxSize, t.link.Network
 		s.Offload, s.OffloadReason = t.made.Queue.Offload.String(), t.made.OffloadReason
 		s.Passed = append(s.Passed, t.made.Passed...)
-		s.SharedMemory = t.made.Queue.Ring != nil
+		if r := t.made.Queue.Ring; r != nil {
+			s.SharedMemory, s.Program = true, programStats(r.Report())
+		}
 	}
 	return s
 }

@@ -222,6 +222,11 @@ func printAttachments(w io.Writer, a node.AttachmentsAnswer) {
 		rows = append(rows, []string{s.Name, s.Addr.String(), s.State, string(s.Tier), s.Interface, target, s.Offload, s.Since.Local().Format(time.DateTime)})
 	}
 	writeTable(w, []string{"NAME", "ADDRESS", "STATE", "TIER", "INTERFACE", "CONTAINER", "OFFLOAD", "SINCE"}, rows)
+	for _, s := range a.Attachments {
+		if s.Program != nil {
+			fmt.Fprintf(w, "packets of %s: %s\n", s.Name, s.Program)
+		}
+	}
 }
 
 func newDetachCommand() *cobra.Command {

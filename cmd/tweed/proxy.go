@@ -41,7 +41,8 @@ SOCKS5 or HTTP; addresses outside of the overlay are dialled from this host, so
 one proxy setting does for both. It runs until SIGINT or SIGTERM.
 
 -L lets programs of this host reach one port in the overlay, -R lets the overlay
-reach one port from this host. The engine is found, or started, as by tweed run.`,
+reach one port from this host. The engine is found, or started, as by tweed run.
+At its end it prints what it has counted; tweed ps shows that meanwhile.`,
 		Example: `  tweed proxy --socks5 127.0.0.1:1080 --http 127.0.0.1:3128
   tweed proxy --socks5 unix:/run/user/1000/overlay.sock
   tweed proxy -L 8080:10.244.7.2:80 -R 22:127.0.0.1:22`,
