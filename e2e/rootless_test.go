@@ -319,6 +319,20 @@ func TestRunPassesTheStatusOnAndLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestRunSaysWhatItWaitsFor, and goes on when it is there.
+func TestRunSaysWhatItWaitsFor(t *testing.T) {
+	w := newWorld(t, 1)
+	p := w.launch(w.lan.Nodes[0], "run", tweedBin, "run", "--etcd-endpoints", w.endpoint(), "--iface", netns.LANInterface,
+		"--tier", "veth", "--state-dir", filepath.Join(w.dir, "state"), "--", "echo", "runs")
+	w.await("a word about the missing config", func() bool {
+		return strings.Contains(p.output(), "waiting for the overlay") && strings.Contains(p.output(), "tweed network set")
+	})
+	w.config(udpConfig)
+	if status := p.wait(); status != 0 || !strings.Contains(p.output(), "runs") {
+		t.Errorf("status %d, output: %s", status, p.output())
+	}
+}
+
 // TestLastOfTwoCommandsWaitsForTheEngine that the first one started: who looks at
 // the processes after it finds none.
 func TestLastOfTwoCommandsWaitsForTheEngine(t *testing.T) {

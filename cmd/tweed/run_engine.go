@@ -22,6 +22,8 @@ import (
 const (
 	// enginePatience is how long run waits for an engine it started to forward.
 	enginePatience = 30 * time.Second
+	// hintTime is how long it waits before it says what for.
+	hintTime = 2 * time.Second
 	// idleTime is how long an engine started by run waits for the overlay, and
 	// then for the first attachment. It is longer than enginePatience, so that
 	// who waits for it is told what it waits for.
@@ -148,6 +150,7 @@ func (e *engineProcess) await() error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	var problems []string
+	hint := time.After(hintTime)
 	for {
 		s, err := e.api.Status(e.ctx)
 		if err == nil && s.Ready {
@@ -163,6 +166,10 @@ func (e *engineProcess) await() error {
 			return fmt.Errorf("run: the engine does not forward after %s: %s", enginePatience, strings.Join(append(problems, "see tweed up --attach-only"), "; "))
 		case <-e.ctx.Done():
 			return context.Cause(e.ctx)
+		case <-hint:
+			if hint = nil; len(problems) > 0 {
+				fmt.Fprintf(e.cmd.ErrOrStderr(), "tweed: run: waiting for the overlay, up to %s: %s\n", enginePatience, problems[0])
+			}
 		case <-tick.C:
 		}
 	}
