@@ -19,6 +19,7 @@ const secondSignalAfter = time.Second
 // SIGTERM stop it cleanly, which is not an error; a later second one kills the
 // process, should the clean way out hang.
 func Run(ctx context.Context, n *node.Node) error {
+	tuneCollector()
 	ctx, stop := stopContext(ctx)
 	defer stop()
 	return n.Run(ctx)
