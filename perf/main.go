@@ -175,6 +175,7 @@ func (b *bench) findTweed(ctx context.Context) error {
 	fmt.Fprintln(b.progress, "building tweed")
 	build := exec.CommandContext(ctx, "go", "build", "-o", b.tweed, "./cmd/tweed")
 	build.Dir = root
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as the README says: one static file
 	if out, err := build.CombinedOutput(); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
