@@ -76,9 +76,15 @@ type portSource struct {
 	ready  []unix.EpollEvent // of events, not yet served
 	// awake are the ports with shared memory that are not asleep: they are looked at
 	// without being asked for. next is whose turn it is.
-	awake []*port
-	next  int
+	awake  []*port
+	next   int
+	looked int // times in vain since the last packet
 }
+
+// looks is how often the others on this processor get their turn before ports that
+// have nothing go to sleep. Mostly those are who would have to wake them again, with
+// a system call on both sides.
+const looks = 2
 
 func newPortSource() (*portSource, error) {
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
@@ -171,7 +177,13 @@ func (s *portSource) readAwake(ports map[int32]*port, b *tun.ReadBatch) *port {
 		if ports[int32(p.ID)] == p && !p.gone.Load() {
 			if s.read(p, b) {
 				s.next++
+				s.looked = 0
 				return p
+			}
+			if s.looked < looks {
+				s.looked++
+				unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+				continue
 			}
 			if !p.gone.Load() && !p.Queue.Sleep() {
 				continue
