@@ -46,9 +46,7 @@ type demoOptions struct {
 
 func newDemoCommand() *cobra.Command {
 	var o demoOptions
-	var backend, tier, loss, reorder string
-	var delay time.Duration
-	var seed uint64
+	var f demoFlags
 	cmd := &cobra.Command{
 		Use:     "demo",
 		Short:   "Show a whole overlay on this machine, in network namespaces",
@@ -72,22 +70,9 @@ lost stands in the ledger as impaired.`,
   tweed demo down`,
 		Args: demoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.nodes < minDemoNodes || o.nodes > maxDemoNodes {
-				return newUsageError(cmd, fmt.Errorf("--nodes %d: expected %d to %d", o.nodes, minDemoNodes, maxDemoNodes))
-			}
-			var err error
-			if o.framings, err = demoFramings(backend); err != nil {
-				return newUsageError(cmd, err)
-			}
-			want, err := attach.ParseTier(tier)
+			want, err := f.complete(&o)
 			if err != nil {
-				return newUsageError(cmd, fmt.Errorf("--tier %q: expected auto, tun, veth or netstack", tier))
-			}
-			if o.impair, err = demoImpairments(loss, reorder, delay, seed); err != nil {
 				return newUsageError(cmd, err)
-			}
-			if o.mtu < minDemoMTU || o.mtu > maxDemoMTU {
-				return newUsageError(cmd, fmt.Errorf("--mtu %d: expected %d to %d bytes", o.mtu, minDemoMTU, maxDemoMTU))
 			}
 			why := "asked for with --tier netstack"
 			if want == attach.TierAuto {
@@ -108,18 +93,7 @@ lost stands in the ledger as impaired.`,
 			})
 		},
 	}
-	fs := cmd.Flags()
-	fs.IntVar(&o.nodes, "nodes", 2, "`number` of nodes, 2 to 16")
-	fs.StringVar(&backend, "backend", "both", "`framing` of the overlay: udp, vxlan or both, one beside the other")
-	fs.BoolVar(&o.keep, "keep", false, "leave it running until `tweed demo down`")
-	fs.StringVar(&tier, "tier", "auto", "force a `tier`: tun, veth or netstack (default: the best that works)")
-	fs.StringVar(&loss, "loss", "0%", "lose this `share` of the packets, up to 50%")
-	fs.StringVar(&reorder, "reorder", "0%", "let this `share` of the packets be overtaken")
-	fs.DurationVar(&delay, "delay", 0, "delay every packet by this `time`, up to 500ms")
-	fs.Uint64Var(&seed, "seed", 1, "`number` that chooses the packets to lose and to reorder")
-	fs.IntVar(&o.mtu, "mtu", defaultDemoMTU, "MTU of the underlay in `bytes`")
-	completeWords(cmd, "tier", "auto", "tun", "veth", "netstack")
-	completeWords(cmd, "backend", "udp", "vxlan", "both")
+	f.register(cmd, &o)
 	down := &cobra.Command{
 		Use:   "down",
 		Short: "Remove what `tweed demo --keep` left running",
@@ -135,6 +109,48 @@ lost stands in the ledger as impaired.`,
 	cmd.SuggestionsMinimumDistance = 2
 	cmd.AddCommand(children...)
 	return cmd
+}
+
+// demoFlags are the flags that have to be understood first.
+type demoFlags struct {
+	backend, tier, loss, reorder string
+	delay                        time.Duration
+	seed                         uint64
+}
+
+func (f *demoFlags) register(cmd *cobra.Command, o *demoOptions) {
+	fs := cmd.Flags()
+	fs.IntVar(&o.nodes, "nodes", 2, "`number` of nodes, 2 to 16")
+	fs.StringVar(&f.backend, "backend", "both", "`framing` of the overlay: udp, vxlan or both, one beside the other")
+	fs.BoolVar(&o.keep, "keep", false, "leave it running until `tweed demo down`")
+	fs.StringVar(&f.tier, "tier", "auto", "force a `tier`: tun, veth or netstack (default: the best that works)")
+	fs.StringVar(&f.loss, "loss", "0%", "lose this `share` of the packets, up to 50%")
+	fs.StringVar(&f.reorder, "reorder", "0%", "let this `share` of the packets be overtaken")
+	fs.DurationVar(&f.delay, "delay", 0, "delay every packet by this `time`, up to 500ms")
+	fs.Uint64Var(&f.seed, "seed", 1, "`number` that chooses the packets to lose and to reorder")
+	fs.IntVar(&o.mtu, "mtu", defaultDemoMTU, "MTU of the underlay in `bytes`")
+	completeWords(cmd, "tier", "auto", "tun", "veth", "netstack")
+	completeWords(cmd, "backend", "udp", "vxlan", "both")
+}
+
+// complete fills in the options, but for the tier, and says which was asked for.
+func (f *demoFlags) complete(o *demoOptions) (want attach.Tier, err error) {
+	if o.nodes < minDemoNodes || o.nodes > maxDemoNodes {
+		return "", fmt.Errorf("--nodes %d: expected %d to %d", o.nodes, minDemoNodes, maxDemoNodes)
+	}
+	if o.framings, err = demoFramings(f.backend); err != nil {
+		return "", err
+	}
+	if want, err = attach.ParseTier(f.tier); err != nil {
+		return "", fmt.Errorf("--tier %q: expected auto, tun, veth or netstack", f.tier)
+	}
+	if o.impair, err = demoImpairments(f.loss, f.reorder, f.delay, f.seed); err != nil {
+		return "", err
+	}
+	if o.mtu < minDemoMTU || o.mtu > maxDemoMTU {
+		return "", fmt.Errorf("--mtu %d: expected %d to %d bytes", o.mtu, minDemoMTU, maxDemoMTU)
+	}
+	return want, nil
 }
 
 // Bounds of the impairments: the demo's own traffic has to get through.
