@@ -183,9 +183,15 @@ func (r *runner) accelHolds() []string {
 			holds = append(holds, fmt.Sprintf("%s is down", r.link.name))
 		}
 	}
-	if l, err := r.nl.LinkByIndex(r.u.index); err == nil && isDown(l.Attrs()) {
-		// A socket says so of each packet, the programs would not hear of it.
-		holds = append(holds, fmt.Sprintf("underlay %s is down", r.u.name))
+	// Of what the underlay does not take a socket says so, or makes fragments; the
+	// programs would not hear of it.
+	if l, err := r.nl.LinkByIndex(r.u.index); err == nil {
+		if isDown(l.Attrs()) {
+			holds = append(holds, fmt.Sprintf("underlay %s is down", r.u.name))
+		}
+		if known := r.path.links[r.u.index]; l.Attrs().MTU < known {
+			holds = append(holds, fmt.Sprintf("the MTU of underlay %s went from %d to %d", r.u.name, known, l.Attrs().MTU))
+		}
 	}
 	// The programs send behind the place where the kernel encrypts.
 	if policies, err := r.nl.XfrmPolicyList(netlink.FAMILY_ALL); err == nil && len(policies) > 0 {

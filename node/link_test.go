@@ -2,6 +2,7 @@ package node
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -310,6 +311,38 @@ func TestOnlyAPlainRouteHasAFirstHop(t *testing.T) {
 		if got := firstHop(&c.route, peer); got != c.want {
 			t.Errorf("%s: %v, want %v", c.what, got, c.want)
 		}
+	}
+}
+
+// TestAcceleratorWaitsForASmallerMTU to be in the table: the programs send what
+// is too long for the interface without making fragments of it.
+func TestAcceleratorWaitsForASmallerMTU(t *testing.T) {
+	o, nl, _ := testLink(t)
+	if _, err := o.ensure(testWant()); err != nil {
+		t.Fatal(err)
+	}
+	lan := mustLink(t, nl, netns.LANInterface)
+	peer := addr("192.0.2.77")
+	r := &runner{nl: nl, link: o, path: newPathCache(nl, o.index, addr("192.0.2.11"))}
+	r.u.name, r.u.index = netns.LANInterface, lan.Attrs().Index
+	check := func(when, want string) {
+		t.Helper()
+		if holds := strings.Join(r.accelHolds(), "; "); holds != want {
+			t.Errorf("%s: %q, want %q", when, holds, want)
+		}
+	}
+	r.path.get(peer)
+	check("at first", "")
+	for _, c := range []struct {
+		mtu  int
+		want string
+	}{{1400, "the MTU of underlay eth0 went from 1500 to 1400"}, {1500, ""}} {
+		if err := nl.LinkSetMTU(lan, c.mtu); err != nil {
+			t.Fatal(err)
+		}
+		check(fmt.Sprintf("MTU %d", c.mtu), c.want)
+		r.path.refresh(map[netip.Addr]bool{peer: true})
+		check("looked again", "")
 	}
 }
 
