@@ -90,7 +90,7 @@ func TestNonsenseInSharedMemoryEndsThePortOnly(t *testing.T) {
 	}
 	s.Bytes = nil
 	if a.out.Commit(s) {
-		if _, err := unix.Write(a.fd, []byte{0}); err != nil {
+		if _, err := unix.Write(a.fd, bell); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -122,7 +122,8 @@ func TestPacketsFromBeforeAreRead(t *testing.T) {
 	if b.id, err = h.e.Attach(b.Port); err != nil {
 		t.Fatal(err)
 	}
-	if ready, _, err := wait(h.e.ports.FD(), -1); err != nil || !ready {
+	fds := []unix.PollFd{{Fd: int32(h.e.ports.FD()), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, 10_000); err != nil || n != 1 {
 		t.Fatalf("the worker would not be woken: %v", err)
 	}
 	h.fromPort(b)

@@ -70,6 +70,9 @@ func (c *container) share(t testing.TB, rung tun.Offload) {
 	}
 }
 
+// bell is what wakes the engine.
+var bell = []byte{0}
+
 // write sends from the container.
 func (c *container) write(t testing.TB, raw []byte) {
 	t.Helper()
@@ -85,7 +88,7 @@ func (c *container) write(t testing.TB, raw []byte) {
 	}
 	copy(s.Bytes, raw)
 	if c.out.Commit(s) {
-		if _, err := unix.Write(c.fd, []byte{0}); err != nil {
+		if _, err := unix.Write(c.fd, bell); err != nil {
 			t.Fatal(err)
 		}
 	}
