@@ -128,14 +128,26 @@ func (a *Accelerator) open() error {
 func explain(what string, err error) error {
 	var verifier *ebpf.VerifierError
 	switch {
-	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) && !errors.As(err, &verifier):
-		return fmt.Errorf("%s: %w (needs CAP_BPF and CAP_NET_ADMIN in the initial user namespace)", what, unix.EPERM)
+	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) && (!errors.As(err, &verifier) || !mayComparePointers()):
+		return fmt.Errorf("%s: %w (needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN in the initial user namespace)", what, unix.EPERM)
 	case errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.ENOSYS):
 		return fmt.Errorf("%s: %w (needs Linux 6.6 with tcx)", what, ErrUnsupported)
 	case errors.As(err, &verifier):
 		return fmt.Errorf("%s: %w (refused by the verifier: %w)", what, ErrUnsupported, verifier.Cause)
 	}
 	return fmt.Errorf("%s: %w", what, err)
+}
+
+// mayComparePointers reports whether the verifier lets the calling thread's
+// programs do what ours do: without CAP_PERFMON it takes a comparison of a
+// pointer for a leak.
+func mayComparePointers() bool {
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if unix.Capget(&head, &data[0]) != nil {
+		return true
+	}
+	return data[1].Effective&(1<<(unix.CAP_PERFMON-32)) != 0 || data[0].Effective&(1<<unix.CAP_SYS_ADMIN) != 0
 }
 
 // Close detaches the programs. Packets on their way are not lost.

@@ -1,8 +1,11 @@
 package accel
 
 import (
+	"errors"
 	"net"
 	"net/netip"
+	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -201,5 +204,32 @@ func (b *bench) receive(t *testing.T, p table.Peer, n int) {
 		if _, err := unix.Write(b.wire, frame); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestWithoutTheRightsTheErrorNamesThem: the verifier says only that it refuses
+// the program.
+func TestWithoutTheRightsTheErrorNamesThem(t *testing.T) {
+	failed := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and the thread ends with its rights
+		head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var all [2]unix.CapUserData
+		if err := unix.Capget(&head, &all[0]); err != nil {
+			failed <- err
+			return
+		}
+		all[0].Effective &= 1 << unix.CAP_NET_ADMIN
+		all[1].Effective &= 1 << (unix.CAP_BPF - 32)
+		if err := unix.Capset(&head, &all[0]); err != nil {
+			failed <- err
+			return
+		}
+		_, err := New(testConfig())
+		failed <- err
+	}()
+	err := <-failed
+	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_PERFMON") {
+		t.Errorf("%v, want one that names CAP_PERFMON", err)
 	}
 }

@@ -15,7 +15,7 @@
 // entered after it, so a packet is never sent by an old entry: in between it is
 // a miss.
 //
-// The programs need Linux 6.6 (tcx), CAP_BPF and CAP_NET_ADMIN, and leave
+// The programs need Linux 6.6 (tcx), CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, and leave
 // with the process that attached them, however it ends.
 //
 // go generate compiles them (Debian: clang, llvm, libbpf-dev, linux-libc-dev). The objects are
