@@ -218,7 +218,7 @@ func assertUnprivileged(t *testing.T, e *daemon) {
 }
 
 func TestAttachmentsEndWithTheirContainers(t *testing.T) {
-	needTool(t, "setpriv", "unshare")
+	needTool(t, "setpriv", "unshare", "nsenter", "ip")
 	w := newWorld(t, 1)
 	w.config(udpConfig)
 	e := ordinaryEngine(w, 0)
@@ -242,6 +242,13 @@ func TestAttachmentsEndWithTheirContainers(t *testing.T) {
 		c.kill()
 		w.await("the engine lets go", func() bool { return len(attached(t, e)) == 1 })
 	}
+	cut := newContainer(w, 0, "cut")
+	cut.attach(t, e)
+	if status, _, stderr := run(t, "nsenter", "-t", fmt.Sprint(cut.pid), "-n",
+		"ip", "link", "del", "dev", node.DefaultIfName); status != 0 {
+		t.Fatalf("delete the interface in the container: %s", stderr)
+	}
+	w.await("the engine lets go of a container without interface", func() bool { return len(attached(t, e)) == 1 })
 	// Only what is attached is taken: the released addresses can be asked for.
 	c := newContainer(w, 0, "wants")
 	c.attach(t, e, "--address", stays.addr.Next().String())
