@@ -71,7 +71,27 @@ func newBridged(t *testing.T, e *daemon) bridged {
 		l := up(h, "eth0", c.addr.String()+"/24")
 		check(h.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: net.IP(gateway.AsSlice())}))
 	})
+	// The kernel takes notice of a carrier a moment later, and drops until then.
+	awaitCarrier(e.w, e.ns, "cni0", containerPort)
+	awaitCarrier(e.w, ns, "eth0")
 	return c
+}
+
+// awaitCarrier waits until the kernel has taken links into operation.
+func awaitCarrier(w *world, where *netns.Namespace, names ...string) {
+	w.t.Helper()
+	for _, name := range names {
+		w.await(name+" is in operation", func() (up bool) {
+			netlinkIn(w.t, where, func(h *netlink.Handle) {
+				l, err := h.LinkByName(name)
+				if err != nil {
+					w.t.Fatal(err)
+				}
+				up = l.Attrs().OperState == netlink.OperUp
+			})
+			return up
+		})
+	}
 }
 
 // command runs a command inside a namespace.

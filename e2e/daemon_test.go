@@ -46,7 +46,18 @@ func (w *world) start(i int, flags ...string) *daemon {
 	w.t.Helper()
 	e := w.prepare(i, flags...)
 	e.process = w.launch(e.ns, e.name, e.argv...)
+	w.t.Cleanup(e.reportLedger) // before the process is ended
 	return e
+}
+
+// reportLedger says where the packets of a test that failed were lost.
+func (e *daemon) reportLedger() {
+	if !e.w.t.Failed() {
+		return
+	}
+	if s, err := e.api.Status(context.Background()); err == nil {
+		e.w.t.Logf("ledger of %s, accelerator %s: %s", e.name, s.Device.Accelerator, asJSON(e.w.t, s.Ledger))
+	}
 }
 
 // prepare makes everything of a daemon but the process.
