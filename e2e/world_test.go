@@ -212,6 +212,7 @@ func (w *world) launchEnv(where *netns.Namespace, name string, env []string, arg
 		close(p.ended)
 	}()
 	w.t.Cleanup(func() {
+		p.signal(unix.SIGCONT) // a test that failed may have frozen it
 		p.signal(unix.SIGTERM)
 		select {
 		case <-p.ended:
