@@ -50,13 +50,15 @@ func (w *world) start(i int, flags ...string) *daemon {
 	return e
 }
 
-// reportLedger says where the packets of a test that failed were lost.
+// reportLedger says where the packets of a test that failed were lost, and what the
+// node knew of etcd.
 func (e *daemon) reportLedger() {
 	if !e.w.t.Failed() {
 		return
 	}
 	if s, err := e.api.Status(context.Background()); err == nil {
-		e.w.t.Logf("ledger of %s, accelerator %s: %s", e.name, s.Device.Accelerator, asJSON(e.w.t, s.Ledger))
+		e.w.t.Logf("%s: accelerator %s, etcd %s, counters %s, ledger %s", e.name, s.Device.Accelerator,
+			asJSON(e.w.t, s.Etcd), asJSON(e.w.t, s.Counters), asJSON(e.w.t, s.Ledger))
 	}
 }
 
