@@ -64,6 +64,17 @@ func newCluster(t *testing.T, n int) (*world, []*member) {
 	}
 	w.client = client
 	t.Cleanup(func() { client.Close() })
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		for _, m := range members {
+			if s := w.memberStatus(m); s != nil {
+				t.Logf("%s: revision %d, term %d, raft index %d, applied %d, leader %x", m.name,
+					s.Header.Revision, s.RaftTerm, s.RaftIndex, s.RaftAppliedIndex, s.Leader)
+			}
+		}
+	})
 	for _, m := range members {
 		w.awaitMember(m)
 	}
@@ -95,7 +106,7 @@ func (w *world) leads(m *member) bool {
 
 // memberStatus is what the member says, nil if it does not answer.
 func (w *world) memberStatus(m *member) *clientv3.StatusResponse {
-	ctx, cancel := context.WithTimeout(w.t.Context(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second) // asked at the end of a test, too
 	defer cancel()
 	s, err := w.client.Status(ctx, m.client)
 	if err != nil {

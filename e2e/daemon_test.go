@@ -50,8 +50,8 @@ func (w *world) start(i int, flags ...string) *daemon {
 	return e
 }
 
-// reportLedger says where the packets of a test that failed were lost, and what the
-// node knew of etcd.
+// reportLedger says where the packets of a test that failed were lost, what the
+// node knew of etcd, and what it was doing.
 func (e *daemon) reportLedger() {
 	if !e.w.t.Failed() {
 		return
@@ -59,6 +59,9 @@ func (e *daemon) reportLedger() {
 	if s, err := e.api.Status(context.Background()); err == nil {
 		e.w.t.Logf("%s: accelerator %s, etcd %s, counters %s, ledger %s", e.name, s.Device.Accelerator,
 			asJSON(e.w.t, s.Etcd), asJSON(e.w.t, s.Counters), asJSON(e.w.t, s.Ledger))
+	}
+	if d, err := e.api.Debug(context.Background()); err == nil {
+		e.w.t.Logf("%s: goroutines: %s", e.name, d.Goroutines)
 	}
 }
 
