@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -19,6 +20,11 @@ const (
 	// cache sets, as a power of two would.
 	slotStride = slotLen + 1152
 	recvCtrl   = 64
+
+	// Messages longer than grownLen have filled memory that is worth giving back
+	// when nothing has come for restAfter.
+	grownLen  = 4096
+	restAfter = 5 * time.Second
 )
 
 // ErrClosed is returned by Recv after Shutdown or Close.
@@ -49,6 +55,8 @@ type RecvBatch struct {
 	srcs [recvSlots]rawSockaddr
 	ctrl [recvSlots][recvCtrl]byte
 	used int // headers the last call filled in
+	// grown says that a message was longer than grownLen since the last Shrink.
+	grown bool
 }
 
 // NewRecvBatch maps the buffers; Free unmaps them.
@@ -78,16 +86,43 @@ func (b *RecvBatch) Free() error {
 	return err
 }
 
+// Grown reports whether the buffers hold memory that Shrink would give back.
+func (b *RecvBatch) Grown() bool { return b.grown }
+
+// Shrink gives the memory of the buffers back to the system, with every Message
+// of the batch. The next call takes it anew as it needs it.
+func (b *RecvBatch) Shrink() {
+	b.used, b.grown = 0, false
+	_ = unix.Madvise(b.slab, unix.MADV_DONTNEED) // it cannot fail on a mapping of our own
+}
+
 // Recv blocks until at least one message is there and returns how many came.
-// It returns ErrClosed after Shutdown; any other error is permanent.
+// While it waits for long, the batch gives back what it has grown by. It returns
+// ErrClosed after Shutdown; any other error is permanent.
 func (s *Socket) Recv(b *RecvBatch) (int, error) {
 	for {
+		if b.grown != s.impatient {
+			s.setImpatient(b.grown)
+		}
 		b.prepare()
 		n, _, e := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&b.hdrs[0])), recvSlots, unix.MSG_WAITFORONE, 0, 0)
 		if done, err := s.received(b, int(n), e); done {
 			return b.used, err
 		}
+		if e == unix.EAGAIN {
+			b.Shrink()
+		}
 	}
+}
+
+// setImpatient lets a Recv that waits return after a while, or never.
+func (s *Socket) setImpatient(on bool) {
+	var limit unix.Timeval
+	if on {
+		limit = unix.NsecToTimeval(int64(s.restAfter))
+	}
+	_ = unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit) // else the memory stays
+	s.impatient = on
 }
 
 // TryRecv is Recv without waiting: it returns 0 when there is no message.
@@ -123,6 +158,9 @@ func (s *Socket) received(b *RecvBatch, n int, e syscall.Errno) (done bool, err 
 		return true, ErrClosed
 	case e == 0:
 		b.used = n
+		for i := 0; i < n && !b.grown; i++ {
+			b.grown = b.hdrs[i].len > grownLen
+		}
 		return true, nil
 	case e == unix.EINTR || e == unix.EAGAIN || e == unix.ECONNREFUSED || e == unix.ENOMEM || e == unix.ENOBUFS:
 		// ECONNREFUSED is the ICMP answer to some earlier send: nobody is there.

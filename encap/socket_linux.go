@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -52,6 +53,10 @@ type Socket struct {
 	gro    bool
 	// closing tells a woken Recv that the wake-up is not data.
 	closing atomic.Bool
+	// impatient says that a Recv without data returns after restAfter (SO_RCVTIMEO).
+	// Only the receiver touches it.
+	impatient bool
+	restAfter time.Duration
 
 	// sendmmsg is the system call, a field so that a test can script partial
 	// sends and errors.
@@ -68,7 +73,7 @@ func Listen(cfg SocketConfig) (*Socket, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encap: open UDP socket: %w", err)
 	}
-	s := &Socket{fd: fd, sendmmsg: sendmmsg}
+	s := &Socket{fd: fd, sendmmsg: sendmmsg, restAfter: restAfter}
 	if err := s.configure(cfg); err != nil {
 		unix.Close(fd)
 		return nil, err

@@ -4,13 +4,18 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"tweed/tun/tuntest"
 )
 
 // loopback is any of the host's 2^24 loopback addresses: several hosts in one.
@@ -466,4 +471,68 @@ func FuzzControlData(f *testing.F) {
 			t.Fatalf("%d bytes, segments of %d", len(m.Data), m.SegmentLen)
 		}
 	})
+}
+
+// While nothing comes, a receiver gives back what a burst has filled, and then it
+// waits without a limit again; what comes later arrives whole.
+func TestWaitingReceiverGivesMemoryBack(t *testing.T) {
+	from, to := listen(t, SocketConfig{Offload: true}), listen(t, SocketConfig{Offload: true})
+	to.restAfter = time.Millisecond
+	in := recvBatch(t)
+	slab := in.slab
+	out, dst := NewSendBatch(), destOf(t, to)
+	send := func(size int) (want []byte) {
+		t.Helper()
+		want = bytes.Repeat([]byte{byte(size)}, size)
+		out.Reset(from)
+		var res SendResult
+		if !out.Add(dst, 0, 0, want, nil) {
+			t.Fatal("full")
+		}
+		if from.Send(out, &res); res.Sent.Segments != 1 {
+			t.Fatalf("%+v", res)
+		}
+		return want
+	}
+	for range 2 {
+		want := send(60000)
+		if n, err := to.Recv(in); n != 1 || err != nil || !bytes.Equal(in.Message(0).Data, want) || !in.Grown() {
+			t.Fatalf("a large datagram: %d messages, %v, grown %v", n, err, in.Grown())
+		}
+		if n, err := tuntest.ResidentPages(slab); n < 60000/os.Getpagesize() || err != nil {
+			t.Fatalf("%d pages hold a large datagram, %v", n, err)
+		}
+		got := make(chan string)
+		go func() {
+			n, err := to.Recv(in)
+			if n != 1 || err != nil {
+				got <- fmt.Sprintf("%d messages, %v", n, err)
+				return
+			}
+			got <- string(in.Message(0).Data)
+		}()
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			n, err := tuntest.ResidentPages(slab)
+			if err != nil {
+				t.Fatal(err)
+			}
+			limit, err := unix.GetsockoptTimeval(to.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n == 0 && limit.Nano() == 0 {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%d pages are held on to, a call waits for %d ns", n, limit.Nano())
+			}
+		}
+		small := send(100)
+		if d := <-got; d != string(small) {
+			t.Errorf("afterwards: %.40q", d)
+		}
+		if in.Grown() {
+			t.Error("a small datagram counts as large")
+		}
+	}
 }

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -438,4 +439,67 @@ func TestEngineOnARealDevice(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
+}
+
+// Threads that wait give back what a burst has filled, each what it holds.
+func TestWaitingThreadsGiveMemoryBack(t *testing.T) {
+	h := newHarness(t)
+	p := h.e.pairs[0]
+	p.restAfter = time.Millisecond
+	w := h.worker(encap.FramingUDP)
+	if w != p.rx[0] {
+		t.Fatal("another worker runs on the transmit worker's side")
+	}
+	received := unsafe.Slice(unsafe.SliceData(w.batch.Message(0).Data), 60000)
+	var datagrams [][]byte
+	for range 40 {
+		datagrams = append(datagrams, from(udpPeer, udp(1000)).Bytes())
+	}
+	h.transmit(h.segmenting(udpPeer), encap.FramingUDP, 0, datagrams...)
+	h.delivered()
+
+	super := to(udpPeer, tcp(60000)).Super(1000)
+	for range 3 {
+		if _, err := unix.Write(h.host, super); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := h.tx.serve(); err != nil {
+		t.Fatal(err)
+	}
+	first := h.tx.batch.Bytes(&h.tx.batch.Packets()[0], 0)
+	read := unsafe.Slice(unsafe.SliceData(first), 3*60000)
+	h.arrived(udpPeer)
+	if !w.batch.Grown() || !h.tx.batch.Grown() || pages(t, received) < 8 || pages(t, read) < 40 {
+		t.Fatalf("before: receive %v, %d pages, transmit %v, %d pages", w.batch.Grown(), pages(t, received), h.tx.batch.Grown(), pages(t, read))
+	}
+
+	p.quiet = 0 // the transmit thread keeps its worker
+	if err := h.e.Start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the transmit thread gives its buffer back", func() bool { return pages(t, read) <= 1 })
+	b, dst := encap.NewSendBatch(), encap.NewDest(h.e.Listening()[0].Addr)
+	b.Reset(h.peers[udpPeer])
+	eventually(t, "the receive thread transmits", func() bool {
+		b.Add(dst, 0, 0, from(udpPeer, udp(20)).Bytes(), nil)
+		var res encap.SendResult
+		h.peers[udpPeer].Send(b, &res)
+		eventually(t, "the host gets it", func() bool { return len(h.written()) == 1 })
+		if _, err := unix.Write(h.host, plain(to(udpPeer, udp(20)))); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the peer gets it", func() bool { return len(h.arrived(udpPeer)) == 1 })
+		return p.holder.Load() == heldByRx
+	})
+	eventually(t, "the receive thread gives both back", func() bool { return pages(t, received) <= 1 && pages(t, read) <= 1 })
+}
+
+func pages(t *testing.T, b []byte) int {
+	t.Helper()
+	n, err := tuntest.ResidentPages(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }

@@ -29,6 +29,8 @@ type pair struct {
 	// bell wakes the transmit thread: it holds the worker again, or must stop.
 	bell    signal
 	stopped atomic.Bool
+	// restAfter is the constant, but for tests.
+	restAfter time.Duration
 }
 
 // Who holds the transmit worker.
@@ -52,12 +54,17 @@ const (
 	// yieldEvery is how often a thread gives up its processor. A goroutine that
 	// never does is preempted in every system call after 10 ms (sysmon).
 	yieldEvery = 5 * time.Millisecond
+
+	// restAfter is how long nothing has to come before a thread gives back the
+	// memory its buffers have grown by.
+	restAfter = 5 * time.Second
+	forever   = time.Duration(-1)
 )
 
 func newPair(tx *txWorker, rx []*rxWorker) (*pair, error) {
 	// The transmit thread holds it at first: an offer before that thread waits
 	// could be taken while it reads.
-	p := &pair{tx: tx, rx: rx, quiet: quietRounds}
+	p := &pair{tx: tx, rx: rx, quiet: quietRounds, restAfter: restAfter}
 	var err error
 	p.bell, err = newSignal()
 	return p, err
@@ -69,7 +76,7 @@ func (p *pair) transmit() error {
 	c := newCourtesy()
 	for !p.stopped.Load() {
 		if p.holder.Load() == heldByRx {
-			if _, _, err := wait(-1, p.bell.fd); err != nil {
+			if _, _, err := wait(-1, p.bell.fd, forever); err != nil {
 				return err
 			}
 			p.bell.clear()
@@ -84,10 +91,11 @@ func (p *pair) transmit() error {
 			c.round(p.tx.batch.Flooded())
 			continue
 		}
+		patience := p.patience(p.tx.batch.Grown())
 		if p.quiet >= quietRounds {
 			p.holder.Store(offered)
 		}
-		_, rung, err := wait(p.tx.source.FD(), p.bell.fd)
+		ready, rung, err := wait(p.tx.source.FD(), p.bell.fd, patience)
 		if err != nil {
 			return err
 		}
@@ -95,8 +103,20 @@ func (p *pair) transmit() error {
 			p.bell.clear() // or the next wait would not wait
 		}
 		p.holder.CompareAndSwap(offered, heldByTx)
+		if !ready && !rung && p.holder.Load() == heldByTx {
+			p.tx.batch.Shrink()
+		}
 	}
 	return nil
+}
+
+// patience is how long to wait for packets, given whether there is memory to give
+// back when none come.
+func (p *pair) patience(grown bool) time.Duration {
+	if grown {
+		return p.restAfter
+	}
+	return forever
 }
 
 // serve reads and sends once. Only the holder may call it.
@@ -164,8 +184,13 @@ func (p *pair) duplex(w *rxWorker) error {
 			continue
 		}
 		var err error
-		if in, out, err = wait(w.sock.FD(), p.tx.source.FD()); err != nil {
+		patience := p.patience(w.batch.Grown() || p.tx.batch.Grown())
+		if in, out, err = wait(w.sock.FD(), p.tx.source.FD(), patience); err != nil {
 			return err
+		}
+		if !in && !out {
+			w.batch.Shrink()
+			p.tx.batch.Shrink()
 		}
 	}
 }
@@ -191,12 +216,18 @@ func (y *yielder) tick() {
 	}
 }
 
-// wait blocks until one of two descriptors is readable or in error; -1 stands
-// for none.
-func wait(a, b int) (aReady, bReady bool, err error) {
+// wait blocks until one of two descriptors is readable or in error, -1 standing
+// for none, or until so much time has passed. Then neither is ready.
+func wait(a, b int, patience time.Duration) (aReady, bReady bool, err error) {
+	var limit *unix.Timespec
+	if patience != forever {
+		t := unix.NsecToTimespec(int64(patience))
+		limit = &t
+	}
 	fds := [2]unix.PollFd{{Fd: int32(a), Events: unix.POLLIN}, {Fd: int32(b), Events: unix.POLLIN}}
 	for {
-		_, _, e := unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds[0])), uintptr(len(fds)), 0, 0, 0, 0)
+		_, _, e := unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds[0])), uintptr(len(fds)),
+			uintptr(unsafe.Pointer(limit)), 0, 0, 0)
 		if e == unix.EINTR {
 			continue
 		}

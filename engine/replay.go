@@ -202,7 +202,7 @@ func (r *Replay) serve(once func() (int, error)) error {
 		if n > 0 {
 			continue
 		}
-		if _, _, err := wait(r.queue.FD(), -1); err != nil {
+		if _, _, err := wait(r.queue.FD(), -1, forever); err != nil {
 			return err
 		}
 	}

@@ -3,6 +3,7 @@ package tun
 import (
 	"bytes"
 	"errors"
+	"os"
 	"slices"
 	"testing"
 
@@ -380,5 +381,44 @@ func TestReadingAllocatesNothing(t *testing.T) {
 		}
 	}); n != 0 {
 		t.Errorf("%v allocations a batch", n)
+	}
+}
+
+// What a burst has filled is given back, and what comes next is as good as before.
+func TestShrunkBatchReadsOn(t *testing.T) {
+	q, other := pairQueue(t, FDConfig{Offload: OffloadFull})
+	b := readBatch(t)
+	big := make([]byte, vnetHdrLen+60000)
+	for i := range big[vnetHdrLen:] {
+		big[vnetHdrLen+i] = byte(i * 7)
+	}
+	resident := func() int {
+		n, err := tuntest.ResidentPages(b.slab)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	for range 2 {
+		put(t, other, big[:vnetHdrLen+100])
+		if err := q.TryRead(b); err != nil || len(b.Packets()) != 1 || b.Grown() {
+			t.Fatalf("a small packet: %d packets, grown %v, %v", len(b.Packets()), b.Grown(), err)
+		}
+		put(t, other, big, big)
+		if err := q.TryRead(b); err != nil || len(b.Packets()) != 2 || !b.Grown() {
+			t.Fatalf("two super-packets: %d packets, grown %v, %v", len(b.Packets()), b.Grown(), err)
+		}
+		for i := range b.Packets() {
+			if got := b.Bytes(&b.Packets()[i], 0); !bytes.Equal(got, big[vnetHdrLen:]) {
+				t.Errorf("super-packet %d differs", i)
+			}
+		}
+		if n := resident(); n < 2*60000/os.Getpagesize() {
+			t.Errorf("%d pages hold two super-packets", n)
+		}
+		b.Shrink()
+		if n := resident(); n != 0 || b.Grown() || len(b.Packets()) != 0 {
+			t.Errorf("afterwards %d pages are left, grown %v, %d packets", n, b.Grown(), len(b.Packets()))
+		}
 	}
 }

@@ -16,6 +16,8 @@ const (
 	// once.
 	maxRead = 64
 	slabLen = 8*(maxPacket+1) + 64*1024
+	// grownSize bytes fill memory that is worth giving back.
+	grownSize = 64 * 1024
 )
 
 // LoadRoom is how many bytes Load has room for, virtio headers included.
@@ -44,6 +46,7 @@ type ReadBatch struct {
 	slab    []byte // mapped, not Go heap
 	packets [maxRead]Packet
 	n       int
+	grown   bool     // more than grownSize bytes were read since the last Shrink
 	lender  *ringEnd // the packets' tails are borrowed from it; or nil
 }
 
@@ -64,6 +67,17 @@ func (b *ReadBatch) Free() error {
 	err := unix.Munmap(b.slab)
 	b.slab = nil
 	return err
+}
+
+// Grown reports whether the buffer holds memory that Shrink would give back.
+func (b *ReadBatch) Grown() bool { return b.grown }
+
+// Shrink empties the batch and gives the memory of the buffer back to the system.
+// The next call takes it anew as it needs it.
+func (b *ReadBatch) Shrink() {
+	b.Clear()
+	b.grown = false
+	_ = unix.Madvise(b.slab, unix.MADV_DONTNEED) // it cannot fail on a mapping of our own
 }
 
 // Packets returns what the last TryRead brought, borrowed until the next.
@@ -147,5 +161,8 @@ func (b *ReadBatch) take(start, n, hdr int) int {
 	}
 	p.off, p.len, p.tail = uint32(start+hdr), uint32(n-hdr), nil
 	b.n++
+	if start+n > grownSize {
+		b.grown = true
+	}
 	return start + n
 }
