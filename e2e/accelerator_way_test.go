@@ -57,6 +57,40 @@ func TestAcceleratorFollowsTheWay(t *testing.T) {
 	assertNoDrops(t, a, b)
 }
 
+// TestAcceleratorLeavesRoutesByPortToTheWorkers: the kernel does not look at the
+// ports of what a program sends.
+func TestAcceleratorLeavesRoutesByPortToTheWorkers(t *testing.T) {
+	w, a, b := accelerated(t, vxlanConfig)
+	routed := w.lan.Switch
+	for _, set := range []string{"ip_forward=1", "conf/all/send_redirects=0", "conf/br0/send_redirects=0"} {
+		setIPv4(t, routed, set)
+	}
+	assertInKernel(t, a, b, true)
+	command(t, a.ns, "ip", "route", "add", "default", "via", w.lan.Gateway.String(), "table", "100")
+	rule := func(do string) {
+		command(t, a.ns, "ip", "rule", do, "ipproto", "udp", "dport", "8472", "lookup", "100")
+	}
+	rule("add")
+	// share sends 20 pings and tells how many datagrams went by the router, and how
+	// many inside the kernel.
+	share := func() (router, kernel int) {
+		was, carried := forwarded(t, routed), a.status().Ledger.Tx.Accelerated
+		for range 20 {
+			assertPing(t, a.host(), b.host(), 56)
+		}
+		return forwarded(t, routed) - was, int(a.status().Ledger.Tx.Accelerated - carried)
+	}
+	w.await("the rule is followed", func() bool { router, kernel := share(); return router >= 20 && kernel == 0 })
+	for start := time.Now(); time.Since(start) < time.Second; {
+		if router, kernel := share(); router < 20 || kernel != 0 {
+			t.Fatalf("of 20 datagrams %d went by the router, %d inside the kernel", router, kernel)
+		}
+	}
+	rule("del")
+	w.await("the rule is gone", func() bool { router, kernel := share(); return router < 20 && kernel >= 20 })
+	assertNoDrops(t, a, b)
+}
+
 func setIPv4(t *testing.T, where *netns.Namespace, setting string) {
 	t.Helper()
 	name, value, _ := strings.Cut(setting, "=")

@@ -78,6 +78,7 @@ func (r *runner) tryAccelerator() error {
 	if err != nil {
 		return err
 	}
+	r.path.carry(flowsTo(r.eng.SourcePorts(), r.overlay.cfg))
 	cfg := accel.Config{
 		TUN: r.link.index, Underlay: host.underlay, Local: host.addr,
 		Sources: r.eng.SourcePorts(), Whole: host.whole, MTU: r.overlay.mtu,
@@ -220,8 +221,9 @@ func carriesWhole(l netlink.Link) bool {
 	return err == nil && f["tx-tcp-segmentation"] && f["tx-udp_tnl-segmentation"]
 }
 
-// way returns the index of the interface that addr is reached through, 0 when
-// there is none or more than one, and the neighbour its packets go to first.
+// way returns the index of the interface that the accelerator's packets to addr
+// leave through as those of the sockets do, 0 when there is none, and the neighbour
+// they go to first.
 func (c *pathCache) way(addr netip.Addr) (index int, hop netip.Addr) {
 	c.get(addr)
 	p := c.paths[addr]

@@ -299,14 +299,14 @@ func TestOnlyAPlainRouteHasAFirstHop(t *testing.T) {
 		route netlink.Route
 		want  netip.Addr
 	}{
-		{"on the link", netlink.Route{Type: unix.RTN_UNICAST}, peer},
-		{"gateway", netlink.Route{Type: unix.RTN_UNICAST, Gw: gw.AsSlice()}, gw},
-		{"gateway in 16 bytes", netlink.Route{Type: unix.RTN_UNICAST, Gw: net.IP(gw.AsSlice()).To16()}, gw},
-		{"several", netlink.Route{Type: unix.RTN_UNICAST, MultiPath: []*netlink.NexthopInfo{{LinkIndex: 3}}}, netip.Addr{}},
-		{"IPv6 gateway", netlink.Route{Type: unix.RTN_UNICAST, Via: &netlink.Via{}}, netip.Addr{}},
-		{"encapsulated", netlink.Route{Type: unix.RTN_UNICAST, Encap: &netlink.BpfEncap{}}, netip.Addr{}},
-		{"MPLS", netlink.Route{Type: unix.RTN_UNICAST, NewDst: &netlink.MPLSDestination{}}, netip.Addr{}},
-		{"blackhole", netlink.Route{Type: unix.RTN_BLACKHOLE}, netip.Addr{}},
+		{"on the link", netlink.Route{LinkIndex: 3, Type: unix.RTN_UNICAST}, peer},
+		{"gateway", netlink.Route{LinkIndex: 3, Type: unix.RTN_UNICAST, Gw: gw.AsSlice()}, gw},
+		{"gateway in 16 bytes", netlink.Route{LinkIndex: 3, Type: unix.RTN_UNICAST, Gw: net.IP(gw.AsSlice()).To16()}, gw},
+		{"several", netlink.Route{LinkIndex: 3, Type: unix.RTN_UNICAST, MultiPath: []*netlink.NexthopInfo{{LinkIndex: 3}}}, netip.Addr{}},
+		{"IPv6 gateway", netlink.Route{LinkIndex: 3, Type: unix.RTN_UNICAST, Via: &netlink.Via{}}, netip.Addr{}},
+		{"encapsulated", netlink.Route{LinkIndex: 3, Type: unix.RTN_UNICAST, Encap: &netlink.BpfEncap{}}, netip.Addr{}},
+		{"MPLS", netlink.Route{LinkIndex: 3, Type: unix.RTN_UNICAST, NewDst: &netlink.MPLSDestination{}}, netip.Addr{}},
+		{"blackhole", netlink.Route{LinkIndex: 3, Type: unix.RTN_BLACKHOLE}, netip.Addr{}},
 	} {
 		if got := firstHop(&c.route, peer); got != c.want {
 			t.Errorf("%s: %v, want %v", c.what, got, c.want)

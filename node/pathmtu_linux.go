@@ -11,7 +11,10 @@ import (
 type pathInfo struct {
 	mtu   int  // bytes, 0 when there is no way now
 	loops bool // the way leads into our own TUN
-	link  int  // index of the only interface, 0 when there are several
+	// link is the index of the interface the way leads through, 0 when there are
+	// several, or when the accelerator's packets would not take the way that the
+	// sockets' do.
+	link int
 	// hop is the gateway or the peer itself; invalid when that is not all that
 	// there is to say of the way.
 	hop netip.Addr
@@ -26,6 +29,7 @@ type pathCache struct {
 	// links are the MTUs of interfaces by index, filled on demand.
 	links map[int]int
 	paths map[netip.Addr]pathInfo
+	rules pathRules
 }
 
 func newPathCache(nl *netlink.Handle, tun int, from netip.Addr) *pathCache {
@@ -52,6 +56,7 @@ func (c *pathCache) get(ip netip.Addr) (mtu int, loops bool) {
 // whether an answer changed.
 func (c *pathCache) refresh(inUse map[netip.Addr]bool) bool {
 	clear(c.links)
+	c.rules.known = false
 	changed := false
 	for ip, old := range c.paths {
 		if !inUse[ip] {
@@ -91,9 +96,10 @@ func (c *pathCache) ask(ip netip.Addr) pathInfo {
 		}
 	}
 	p := pathInfo{mtu: r.MTU}
-	if len(links) == 1 {
-		p.link = links[0]
+	if p.link = onlyLink(&r); p.link != 0 && c.sameForAll(ip, p.link) {
 		p.hop = firstHop(&r, ip)
+	} else {
+		p.link = 0
 	}
 	for _, index := range links {
 		p.loops = p.loops || c.tun != 0 && index == c.tun
@@ -104,10 +110,20 @@ func (c *pathCache) ask(ip netip.Addr) pathInfo {
 	return p
 }
 
+// onlyLink returns the interface that a route puts packets on as they are. A route
+// to an address of this host does not, although it names an interface, and neither
+// does one with an encapsulation: the accelerator's packets would not get it.
+func onlyLink(r *netlink.Route) int {
+	if len(r.MultiPath) > 0 || r.Encap != nil || r.NewDst != nil || r.Type != unix.RTN_UNICAST {
+		return 0
+	}
+	return r.LinkIndex
+}
+
 // firstHop returns the neighbour on a route to ip that has one interface.
 func firstHop(r *netlink.Route, ip netip.Addr) netip.Addr {
 	switch {
-	case len(r.MultiPath) > 0 || r.Encap != nil || r.Via != nil || r.NewDst != nil || r.Type != unix.RTN_UNICAST:
+	case onlyLink(r) == 0 || r.Via != nil:
 		return netip.Addr{}
 	case r.Gw == nil:
 		return ip
