@@ -71,41 +71,43 @@ func TestAProgramThatDoesNotReadLosesItsOwnPackets(t *testing.T) {
 }
 
 func TestNonsenseInSharedMemoryEndsThePortOnly(t *testing.T) {
-	h := newHarness(t)
-	h.shared = true
-	a, b, c := h.attach("a", inside(-1, 20)), h.attach("b", inside(-1, 21)), h.attach("c", inside(-1, 22))
-	h.fromPort(a)
-	// Too short and too long to be packets: nothing comes of them.
-	a.write(t, make([]byte, 10))
-	a.write(t, make([]byte, ring.MaxPacket))
-	h.change()
-	h.fromPort(a)
-	if s := h.change(); s.Tx.Packets != 0 {
-		t.Errorf("%+v", s.Tx)
-	}
-	// A slot without a length cannot be.
-	s, ok := a.out.Reserve(100)
-	if !ok {
-		t.Fatal("no room")
-	}
-	s.Bytes = nil
-	if a.out.Commit(s) {
-		if _, err := unix.Write(a.fd, bell); err != nil {
-			t.Fatal(err)
-		}
-	}
-	p := b.packet(udp(8))
-	p.Dst = c.Addr
-	h.fromPort(b, plain(p))
-	if n := len(c.read(t)); n != 1 {
-		t.Errorf("%d packets between the others", n)
-	}
-	gone := map[string]bool{}
-	for _, i := range h.e.Ports() {
-		gone[i.Name] = i.Gone
-	}
-	if !gone["a"] || gone["b"] || gone["c"] {
-		t.Errorf("gone: %v", gone)
+	for what, nonsense := range map[string]func(*ring.Slot){
+		"no length": func(s *ring.Slot) { s.Bytes = nil },
+		"too short": func(s *ring.Slot) { s.Bytes = s.Bytes[:10] },
+		"too long":  func(*ring.Slot) {},
+	} {
+		t.Run(what, func(t *testing.T) {
+			h := newHarness(t)
+			h.shared = true
+			a, b, c := h.attach("a", inside(-1, 20)), h.attach("b", inside(-1, 21)), h.attach("c", inside(-1, 22))
+			h.fromPort(a)
+			s, ok := a.out.Reserve(ring.MaxPacket)
+			if !ok {
+				t.Fatal("no room")
+			}
+			nonsense(&s)
+			if a.out.Commit(s) {
+				if _, err := unix.Write(a.fd, bell); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p := b.packet(udp(8))
+			p.Dst = c.Addr
+			h.fromPort(b, plain(p))
+			if n := len(c.read(t)); n != 1 {
+				t.Errorf("%d packets between the others", n)
+			}
+			gone := map[string]bool{}
+			for _, i := range h.e.Ports() {
+				gone[i.Name] = i.Gone
+			}
+			if !gone["a"] || gone["b"] || gone["c"] {
+				t.Errorf("gone: %v", gone)
+			}
+			if s := h.change(); s.Tx.Packets != 1 {
+				t.Errorf("%+v", s.Tx)
+			}
+		})
 	}
 }
 

@@ -75,6 +75,11 @@ func (q *Queue) Rung() error {
 func (q *Queue) readRing(b *ReadBatch) error {
 	for at := 0; b.n < maxRead && b.fits(at); {
 		raw, ok, err := q.ring.in.Next()
+		if ok && (len(raw) <= q.hdr || len(raw) > q.hdr+maxPacket) {
+			// No packet. A program that writes nothing else could keep us here for
+			// as long as it likes if it was passed over.
+			ok, err = false, ring.ErrCorrupt
+		}
 		if err != nil && b.n == 0 {
 			return q.ring.die()
 		}
@@ -82,9 +87,6 @@ func (q *Queue) readRing(b *ReadBatch) error {
 			break
 		}
 		b.lender = q.ring
-		if len(raw) <= q.hdr || len(raw) > q.hdr+maxPacket {
-			continue // no packet
-		}
 		start := at + Headroom - q.hdr
 		head := copy(b.slab[start:], raw[:min(len(raw), q.hdr+headersLen)])
 		at = b.take(start, len(raw), q.hdr)
