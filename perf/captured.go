@@ -38,7 +38,7 @@ func (b *bench) runCaptured(ctx context.Context, l load, o *overlay) (traffic, e
 		if (i == 0) == captureFirst {
 			captured, lost, err = b.withCapture(ctx, l, o)
 		} else {
-			plain, err = b.runIperf3(ctx, l, o)
+			plain, err = b.runIperf3(ctx, l, o, b.opt.seconds)
 		}
 		if err != nil {
 			return traffic{}, err
@@ -78,7 +78,7 @@ func (b *bench) withCapture(ctx context.Context, l load, o *overlay) (traffic, f
 	if err := waitFor(ctx, 3*time.Second, begun); err != nil {
 		return traffic{}, 0, err
 	}
-	t, err := b.runIperf3(ctx, l, o)
+	t, err := b.runIperf3(ctx, l, o, b.opt.seconds)
 	if err != nil {
 		return t, 0, err
 	}

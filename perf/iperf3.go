@@ -152,8 +152,8 @@ func parseIperf3UDP(l load, r iperf3Report) (traffic, error) {
 
 // runIperf3 runs one test, server on side 1 and client on side 0, in at most
 // seconds plus stepSlack.
-func (b *bench) runIperf3(ctx context.Context, l load, o *overlay) (traffic, error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Duration(b.opt.seconds)*time.Second+stepSlack)
+func (b *bench) runIperf3(ctx context.Context, l load, o *overlay, seconds int) (traffic, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(seconds)*time.Second+stepSlack)
 	defer cancel()
 	w := o.between()
 	server, err := b.start(w.ns[1], "iperf3-server", b.iperf3, "-s", "-1", "-B", w.listen, "-p", strconv.Itoa(iperf3Port))
@@ -164,7 +164,7 @@ func (b *bench) runIperf3(ctx context.Context, l load, o *overlay) (traffic, err
 	if err := waitFor(ctx, 3*time.Second, func() error { return listening(server.pid(), iperf3Port) }); err != nil {
 		return traffic{}, fmt.Errorf("iperf3 server: %w%s", err, server.tail())
 	}
-	out, err := b.output(ctx, w.ns[0], b.iperf3, iperf3Args(l, w, b.opt.seconds)...)
+	out, err := b.output(ctx, w.ns[0], b.iperf3, iperf3Args(l, w, seconds)...)
 	if len(out) > 0 && ctx.Err() == nil {
 		return parseIperf3(l, out) // tells more than the exit status
 	}

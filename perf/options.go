@@ -38,8 +38,8 @@ const usage = `usage: go run ./perf [flags]     (as root)
 
 Measures tweed beside raw veth, the kernel's vxlan and other overlays: two
 network namespaces joined by a veth pair for each subject, all subjects taking
-turns at every load of every round. Prints tables, and writes result.json,
-result.md and chart.svg to perf/results/.
+turns at every load of every round, a second at a time. Prints tables, and
+writes result.json, result.md and chart.svg to perf/results/.
 
   subjects  raw, vxlan (the kernel's), tweed-udp, tweed-vxlan, flanneld, wireguard-go, nebula;
             tweed is both framings; tweed-vxlan@workers keeps every packet in user space,

@@ -43,6 +43,18 @@ func (b *bench) close() {
 	os.RemoveAll(b.dir)
 }
 
+// sliceSeconds is how long a TCP or UDP load runs before it is the next subject's
+// turn: machines change their speed within seconds, and so slow all subjects alike.
+const sliceSeconds = 1
+
+// slices is in how many turns the seconds of a load are taken.
+func (o *options) slices(l load) int {
+	if !l.usesIperf3() || l.captured {
+		return 1
+	}
+	return o.seconds / sliceSeconds
+}
+
 // perSubject is about what bringing a subject up and down takes, for estimate.
 const perSubject = 2 * time.Second
 
@@ -56,7 +68,7 @@ func (o *options) estimate() time.Duration {
 		case loadPing:
 			once += time.Duration(o.pings)*pingInterval + settle
 		default:
-			once += time.Duration(o.seconds)*time.Second + 2*settle
+			once += time.Duration(o.seconds)*time.Second + time.Duration(o.slices(l))*2*settle
 			if l.captured {
 				once += time.Duration(o.seconds)*time.Second + 2*settle
 			}
@@ -124,21 +136,52 @@ func (b *bench) round(ctx context.Context, round int, link string) error {
 	return nil
 }
 
-// turns measures one load on every subject. The order is turned on by one each
-// time, so that no subject always has the same neighbour.
-func (b *bench) turns(ctx context.Context, l load, overlays []*overlay, samples []Sample, turn int) error {
-	for i := range overlays {
-		i = (i + turn) % len(overlays)
-		if err := sleep(ctx, settle); err != nil {
-			return err
+// turns measures one load on every subject, a slice at a time. The order is turned
+// on by one each time, so that no subject always has the same neighbour.
+func (b *bench) turns(ctx context.Context, l load, overlays []*overlay, samples []Sample, first int) error {
+	slices := b.opt.slices(l)
+	parts := make([][]map[string]float64, len(overlays))
+	for turn := range slices {
+		for i := range overlays {
+			i = (i + first + turn) % len(overlays)
+			if samples[i].Discarded != "" {
+				continue
+			}
+			if err := sleep(ctx, settle); err != nil {
+				return err
+			}
+			part := samples[i]
+			b.measure(ctx, l, overlays[i], &part)
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			samples[i].Discarded = part.Discarded
+			parts[i] = append(parts[i], part.Values)
+			if turn == slices-1 || part.Discarded != "" {
+				samples[i].Values = joinSlices(parts[i], part.Discarded)
+				b.say(l, &samples[i])
+			}
 		}
-		b.measure(ctx, l, overlays[i], &samples[i])
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		b.say(l, &samples[i])
 	}
 	return nil
+}
+
+// joinSlices makes one sample's values of those of its slices: the mean, or the sum
+// of what is counted. A sample that was discarded has none.
+func joinSlices(parts []map[string]float64, discarded string) map[string]float64 {
+	if discarded != "" || len(parts) == 1 {
+		return parts[len(parts)-1]
+	}
+	all := map[string]float64{}
+	for _, part := range parts {
+		for metric, v := range part {
+			if metric != metricRetransmits {
+				v /= float64(len(parts))
+			}
+			all[metric] += v
+		}
+	}
+	return all
 }
 
 // bring brings a subject up and checks that its far side answers.
@@ -196,7 +239,7 @@ func (b *bench) tryMeasure(ctx context.Context, l load, o *overlay) (map[string]
 	} else if l.captured {
 		t, err = b.runCaptured(ctx, l, o)
 	} else {
-		t, err = b.runIperf3(ctx, l, o)
+		t, err = b.runIperf3(ctx, l, o, b.opt.seconds/b.opt.slices(l))
 	}
 	if err != nil {
 		return nil, err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"maps"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -67,5 +68,35 @@ func TestRatiosAreTakenWithinARound(t *testing.T) {
 	}
 	if got := subject.minus(base); got[1] != -10 || len(got) != 3 {
 		t.Errorf("difference %v", got)
+	}
+}
+
+func TestSlicesAreJoinedIntoOneSample(t *testing.T) {
+	parts := []map[string]float64{
+		{metricGbit: 10, metricRetransmits: 3, metricSteal: 1}, {metricGbit: 20, metricRetransmits: 0, metricSteal: 2}, {metricGbit: 30, metricRetransmits: 4, metricSteal: 0},
+	}
+	got := joinSlices(parts, "")
+	if want := (map[string]float64{metricGbit: 20, metricRetransmits: 7, metricSteal: 1}); !maps.Equal(got, want) {
+		t.Errorf("joined %v, want %v", got, want)
+	}
+	if got := joinSlices(parts[:1], ""); !maps.Equal(got, parts[0]) {
+		t.Errorf("one slice became %v", got)
+	}
+	if got := joinSlices(append(parts, nil), "iperf3 said no"); got != nil {
+		t.Errorf("a discarded sample has values: %v", got)
+	}
+}
+
+// Only the loads of iperf3 run in slices, and all of their seconds are run.
+func TestSecondsAreRunInSlices(t *testing.T) {
+	o := options{seconds: 4}
+	for name, want := range map[string]int{"tcp4": 4, "udp64": 4, "tcp1-captured": 1, "ping": 1, "idle": 1} {
+		l, err := parseLoad(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := o.slices(l); got != want {
+			t.Errorf("%s in %d slices, want %d", name, got, want)
+		}
 	}
 }
