@@ -168,7 +168,11 @@ func (t *Target) joining(p *plan) {
 		p.must("join user namespace", "it was made by another user: run the engine as that user or as root",
 			unix.SYS_SETNS, t.user.Fd(), unix.CLONE_NEWUSER)
 	}
-	p.must("join network namespace", "CAP_SYS_ADMIN over it is missing: "+hostGates().withheld(), unix.SYS_SETNS, t.net.file.Fd(), unix.CLONE_NEWNET)
+	fix := "it belongs to root of the engine's own user namespace: run the engine as root"
+	if t.user != nil {
+		fix = "CAP_SYS_ADMIN over it is missing: " + hostGates().withheld()
+	}
+	p.must("join network namespace", fix, unix.SYS_SETNS, t.net.file.Fd(), unix.CLONE_NEWNET)
 }
 
 // start clones. Signals are blocked around it, so that no handler of the Go
@@ -275,14 +279,20 @@ func reap(pid int) string {
 	}
 }
 
-// receive reads one message and its descriptors.
+// receive reads one message and its descriptors. A peer that ended without
+// reading what it was sent makes one call fail with ECONNRESET; the message it
+// left behind is still there for the next one.
 func receive(sock int) ([]byte, []*os.File, error) {
 	buf, oob := make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*maxFDs))
 	var n, oobn int
-	for {
+	for reset := false; ; {
 		var err error
 		n, oobn, _, _, err = unix.Recvmsg(sock, buf, oob, unix.MSG_CMSG_CLOEXEC)
 		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if errors.Is(err, unix.ECONNRESET) && !reset {
+			reset = true
 			continue
 		}
 		if err != nil {

@@ -251,6 +251,25 @@ func TestOpenRefusesWhatIsNoNetworkNamespace(t *testing.T) {
 	n.Close()
 }
 
+// TestAHelperThatCannotJoinSaysWhyHoweverFastItEnds: it reports before it has
+// read what it was asked, and the kernel tells the reader of that first.
+func TestAHelperThatCannotJoinSaysWhyHoweverFastItEnds(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	if err := errors.Join(unix.Send(pair[0], []byte("request"), 0), unix.Send(pair[1], []byte("report"), 0), unix.Close(pair[1])); err != nil {
+		t.Fatal(err)
+	}
+	if b, _, err := receive(pair[0]); string(b) != "report" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if b, _, err := receive(pair[0]); err == nil {
+		t.Errorf("after the end: %q", b)
+	}
+}
+
 func TestPinOutlivesTheHandle(t *testing.T) {
 	n, path := mustNew(t), filepath.Join(t.TempDir(), "ns")
 	want := id(t, n)
