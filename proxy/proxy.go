@@ -111,14 +111,30 @@ func (s *Server) Close() error {
 	return err
 }
 
+// CheckAddress says what is wrong with an address for [Listen] by its looks.
+func CheckAddress(address string) error {
+	path, isUnix := strings.CutPrefix(address, "unix:")
+	if isUnix && path != "" {
+		return nil
+	}
+	_, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
+	if err != nil || isUnix {
+		return fmt.Errorf("address %q: expected HOST:PORT, with a port from 0 (any) to 65535, or unix:PATH", address)
+	}
+	return nil
+}
+
 // Listen opens a listener at a TCP address, or at unix:PATH, which only its
 // owner can connect to. A socket that a dead program left is replaced.
 func Listen(address string) (net.Listener, error) {
+	if err := CheckAddress(address); err != nil {
+		return nil, err
+	}
 	path, isUnix := strings.CutPrefix(address, "unix:")
 	if !isUnix {
-		if _, _, err := net.SplitHostPort(address); err != nil {
-			return nil, fmt.Errorf("address %q: expected HOST:PORT or unix:PATH", address)
-		}
 		return net.Listen("tcp", address)
 	}
 	if fi, err := os.Lstat(path); err == nil && fi.Mode()&os.ModeSocket != 0 {
@@ -195,18 +211,27 @@ func onHost(c net.Conn) bool {
 	return false
 }
 
-// Forward is a -L or -R argument, [BIND:]PORT:HOST:HOSTPORT as ssh has it.
+// Forward is a -L argument, [BIND:]PORT:HOST:HOSTPORT as ssh has it, or a -R
+// argument, PORT:HOST:HOSTPORT.
 type Forward struct {
 	Listen string
 	To     string
 }
 
-// ParseForward reads one. Without BIND, it listens at bind.
+// ParseForward reads one. Without BIND, it listens at bind; where that is empty,
+// there is only one address to listen at, and BIND is refused.
 func ParseForward(s, bind string) (Forward, error) {
 	fail := func() (Forward, error) {
-		return Forward{}, fmt.Errorf("%q: expected [BIND:]PORT:HOST:HOSTPORT, such as 8080:10.244.7.2:80", s)
+		expected := "[BIND:]PORT:HOST:HOSTPORT, such as 8080:10.244.7.2:80"
+		if bind == "" {
+			expected = "PORT:HOST:HOSTPORT, such as 8080:127.0.0.1:80"
+		}
+		return Forward{}, fmt.Errorf("%q: expected %s, with ports up to 65535", s, expected)
 	}
 	parts := strings.Split(s, ":")
+	if len(parts) == 4 && bind == "" {
+		return fail()
+	}
 	if len(parts) == 3 {
 		parts = append([]string{bind}, parts...)
 	}

@@ -225,9 +225,18 @@ func TestForwardArguments(t *testing.T) {
 		}
 	}
 	for _, s := range []string{"", "80", "80:host", "x:host:80", "80:host:x", "80::80", "80:host:0", "80:host:70000", "a:b:c:d:e"} {
-		if got, err := ParseForward(s, ""); err == nil {
-			t.Errorf("%q was read as %+v", s, got)
+		for _, bind := range []string{"", "127.0.0.1"} {
+			if got, err := ParseForward(s, bind); err == nil {
+				t.Errorf("%q was read as %+v", s, got)
+			}
 		}
+	}
+	// The overlay has one address of ours.
+	if got, err := ParseForward("8080:10.1.2.3:80", ""); err != nil || got != (Forward{":8080", "10.1.2.3:80"}) {
+		t.Errorf("without an address to choose: %+v, %v", got, err)
+	}
+	if got, err := ParseForward("0.0.0.0:8080:web:80", ""); err == nil {
+		t.Errorf("an address to listen at where there is none to choose was read as %+v", got)
 	}
 }
 

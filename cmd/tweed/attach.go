@@ -22,11 +22,15 @@ import (
 // looks.
 const watchInterval = 200 * time.Millisecond
 
+// noFD stands for a descriptor that was not passed.
+const noFD = -1
+
 func newAttachCommand() *cobra.Command {
 	var (
 		r               node.AttachRequest
 		address         string
 		readyFD, exitFD int
+		ready, exit     *os.File
 		wait            bool
 	)
 	cmd := newClientCommand(&cobra.Command{
@@ -43,19 +47,6 @@ for the way out, start it with pasta or slirp4netns and attach it as well.`,
   tweed attach --netns blue --ifname eth1 --name blue
   tweed attach --pid 4711 --ready-fd 3 --exit-fd 4`,
 	}, func(cmd *cobra.Command, c *client, api *node.Client, _ []string) error {
-		if r.PID == 0 && r.Path == "" || r.PID != 0 && r.Path != "" {
-			return newUsageError(cmd, errors.New("expected exactly one of --pid and --netns"))
-		}
-		if err := parseAddress(address, &r); err != nil {
-			return newUsageError(cmd, err)
-		}
-		if _, err := attach.ParseTier(r.Tier); err != nil {
-			return newUsageError(cmd, fmt.Errorf("--tier %q: expected auto, tun or veth", r.Tier))
-		}
-		ready, exit, err := callerFDs(readyFD, exitFD)
-		if err != nil {
-			return newUsageError(cmd, err)
-		}
 		s, err := api.Attach(cmd.Context(), r)
 		if err != nil {
 			return err
@@ -75,6 +66,16 @@ for the way out, start it with pasta or slirp4netns and attach it as well.`,
 		}
 		return holdAttachment(cmd.Context(), api, s, exit)
 	})
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		err := checkAttach(cmd, address, &r)
+		if err == nil {
+			ready, exit, err = callerFDs(readyFD, exitFD)
+		}
+		if err != nil {
+			return newUsageError(cmd, err)
+		}
+		return nil
+	}
 	cmd.GroupID = groupAttach
 	fs := cmd.Flags()
 	fs.IntVar(&r.PID, "pid", 0, "a `process` of the container")
@@ -83,22 +84,39 @@ for the way out, start it with pasta or slirp4netns and attach it as well.`,
 	fs.StringVar(&r.IfName, "ifname", node.DefaultIfName, "`name` of the interface inside")
 	fs.StringVar(&address, "address", "", "ask for this `address` of the node's subnet")
 	fs.StringVar(&r.Tier, "tier", "auto", "force a `tier`: tun or veth (default: the best that works)")
-	fs.IntVar(&readyFD, "ready-fd", -1, "write the byte 1 to this `descriptor` and close it when the network is up")
-	fs.IntVar(&exitFD, "exit-fd", -1, "stay, and detach when this `descriptor` is hung up")
+	fs.IntVar(&readyFD, "ready-fd", noFD, "write the byte 1 to this `descriptor` and close it when the network is up")
+	fs.IntVar(&exitFD, "exit-fd", noFD, "stay, and detach when this `descriptor` is hung up")
 	fs.BoolVar(&wait, "wait", false, "stay until the container ends; detach when interrupted")
 	completeWords(cmd, "tier", "auto", "tun", "veth")
 	return cmd
 }
 
-// callerFDs opens the descriptors a caller passed by number.
+// checkAttach says what is wrong with the flags, before an engine is looked for.
+func checkAttach(cmd *cobra.Command, address string, r *node.AttachRequest) error {
+	if cmd.Flags().Changed("pid") && r.PID <= 0 {
+		return fmt.Errorf("--pid %d: expected a positive number", r.PID)
+	}
+	if (r.PID == 0) == (r.Path == "") {
+		return errors.New("expected exactly one of --pid and --netns")
+	}
+	if _, err := attach.ParseTier(r.Tier); err != nil {
+		return fmt.Errorf("--tier %q: expected auto, tun or veth", r.Tier)
+	}
+	return parseAddress(address, r)
+}
+
+// callerFDs opens the descriptors a caller passed by number; noFD is none.
 func callerFDs(readyFD, exitFD int) (ready, exit *os.File, err error) {
 	for _, f := range []struct {
 		flag string
 		fd   int
 		to   **os.File
 	}{{"--ready-fd", readyFD, &ready}, {"--exit-fd", exitFD, &exit}} {
-		if f.fd < 0 {
+		if f.fd == noFD {
 			continue
+		}
+		if f.fd < 0 {
+			return nil, nil, fmt.Errorf("%s %d: expected the number of an open descriptor", f.flag, f.fd)
 		}
 		if _, err := unix.FcntlInt(uintptr(f.fd), unix.F_GETFD, 0); err != nil {
 			return nil, nil, fmt.Errorf("%s %d: expected an open descriptor: %w", f.flag, f.fd, err)

@@ -122,7 +122,7 @@ func (f *demoFlags) register(cmd *cobra.Command, o *demoOptions) {
 	fs := cmd.Flags()
 	fs.IntVar(&o.nodes, "nodes", 2, "`number` of nodes, 2 to 16")
 	fs.StringVar(&f.backend, "backend", "both", "`framing` of the overlay: udp, vxlan or both, one beside the other")
-	fs.BoolVar(&o.keep, "keep", false, "leave it running until `tweed demo down`")
+	fs.BoolVar(&o.keep, "keep", false, "leave it running until tweed demo down")
 	fs.StringVar(&f.tier, "tier", "auto", "force a `tier`: tun, veth or netstack (default: the best that works)")
 	fs.StringVar(&f.loss, "loss", "0%", "lose this `share` of the packets, up to 50%")
 	fs.StringVar(&f.reorder, "reorder", "0%", "let this `share` of the packets be overtaken")
@@ -147,8 +147,12 @@ func (f *demoFlags) complete(o *demoOptions) (want attach.Tier, err error) {
 	if o.impair, err = demoImpairments(f.loss, f.reorder, f.delay, f.seed); err != nil {
 		return "", err
 	}
-	if o.mtu < minDemoMTU || o.mtu > maxDemoMTU {
-		return "", fmt.Errorf("--mtu %d: expected %d to %d bytes", o.mtu, minDemoMTU, maxDemoMTU)
+	least := 0
+	for _, framing := range o.framings {
+		least = max(least, encap.MinMTU+framing.Overhead())
+	}
+	if o.mtu < least || o.mtu > maxDemoMTU {
+		return "", fmt.Errorf("--mtu %d: expected %d to %d bytes", o.mtu, least, maxDemoMTU)
 	}
 	return want, nil
 }
@@ -157,7 +161,6 @@ func (f *demoFlags) complete(o *demoOptions) (want attach.Tier, err error) {
 const (
 	maxDemoLoss    = 0.5
 	maxDemoDelay   = 500 * time.Millisecond
-	minDemoMTU     = 576
 	maxDemoMTU     = 9216
 	defaultDemoMTU = 1500
 )

@@ -10,6 +10,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+
+	"tweed/encap"
 )
 
 func newDemoSSHCommand(o *demoOptions) *cobra.Command {
@@ -45,6 +47,15 @@ container's. Its exit status is passed on.`,
 func completeFraming(cmd *cobra.Command, framing *string, usage string) {
 	cmd.Flags().StringVar(framing, "backend", "", usage+": `framing` udp or vxlan")
 	completeWords(cmd, "backend", "udp", "vxlan")
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		if *framing == "" {
+			return nil
+		}
+		if _, err := encap.ParseFraming(*framing); err != nil {
+			return newUsageError(cmd, fmt.Errorf("--backend %q: expected udp or vxlan", *framing))
+		}
+		return nil
+	}
 }
 
 // shell runs a command in a node and passes its status on.

@@ -126,6 +126,14 @@ func (o *proxyOptions) forwards() (local, remote []proxy.Forward, err error) {
 		}
 		remote = append(remote, f)
 	}
+	for _, l := range [][2]string{{"--socks5", o.socks}, {"--http", o.http}} {
+		if l[1] == "" {
+			continue
+		}
+		if err := proxy.CheckAddress(l[1]); err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", l[0], err)
+		}
+	}
 	if o.socks == "" && o.http == "" && local == nil && remote == nil {
 		return nil, nil, errors.New("expected at least one of --socks5, --http, -L and -R")
 	}

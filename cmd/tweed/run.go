@@ -93,6 +93,10 @@ proxy into the overlay by its environment (tier netstack).`,
 		if err != nil {
 			return newUsageError(cmd, fmt.Errorf("--tier %q: expected auto, tun, veth or netstack", o.tier))
 		}
+		want := node.AttachRequest{Name: o.name, IfName: o.ifName, Tier: o.tier}
+		if err := parseAddress(o.address, &want); err != nil {
+			return newUsageError(cmd, err)
+		}
 		cfg, err := flags.Config()
 		if err != nil {
 			return newUsageError(cmd, err)
@@ -109,7 +113,7 @@ proxy into the overlay by its environment (tier netstack).`,
 		e, err := findEngine(ctx, cmd, fs, cfg)
 		defer e.close()
 		if err == nil {
-			r := &runner{options: o, engine: e, signals: signals, path: path, args: args, stderr: cmd.ErrOrStderr()}
+			r := &runner{options: o, want: want, engine: e, signals: signals, path: path, args: args, stderr: cmd.ErrOrStderr()}
 			err = r.run(ctx, tier)
 		}
 		var status exitStatus
@@ -139,6 +143,7 @@ func lookCommand(name string) (path string, status exitStatus, err error) {
 // runner runs one command.
 type runner struct {
 	options runOptions
+	want    node.AttachRequest
 	engine  *engineProcess
 	signals *signalRelay
 	path    string
@@ -206,10 +211,8 @@ func (r *runner) contain() (gate *os.File, cmd *exec.Cmd, err error) {
 // attach connects the process, starting the engine again should it have ended
 // between being found and being asked.
 func (r *runner) attach(ctx context.Context, pid int) (node.AttachmentStatus, error) {
-	req := node.AttachRequest{PID: pid, Name: r.options.name, IfName: r.options.ifName, Tier: r.options.tier}
-	if err := parseAddress(r.options.address, &req); err != nil {
-		return node.AttachmentStatus{}, err
-	}
+	req := r.want
+	req.PID = pid
 	return r.engine.attach(ctx, req)
 }
 

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tweed/netstack"
-	"tweed/node"
 )
 
 // withProxy runs the command on this host's network with a proxy into the
@@ -21,10 +20,6 @@ import (
 func (r *runner) withProxy(ctx context.Context, why string) error {
 	if r.options.keepID || r.options.resolvConf != "" {
 		return fmt.Errorf("run: --keep-id and --resolv-conf need a namespace: %s", why)
-	}
-	var want node.AttachRequest
-	if err := parseAddress(r.options.address, &want); err != nil {
-		return err
 	}
 	p := &proxies{log: slog.New(slog.NewTextHandler(r.stderr, &slog.HandlerOptions{Level: slog.LevelWarn})), out: io.Discard}
 	if r.options.verbose {
@@ -34,7 +29,7 @@ func (r *runner) withProxy(ctx context.Context, why string) error {
 	if err := p.listen(proxyOptions{socks: "127.0.0.1:0", http: "127.0.0.1:0"}); err != nil {
 		return err
 	}
-	if err := p.start(ctx, netstack.Config{Engine: r.engine, Name: r.options.name, Addr: want.Addr}, nil, nil); err != nil {
+	if err := p.start(ctx, netstack.Config{Engine: r.engine, Name: r.options.name, Addr: r.want.Addr}, nil, nil); err != nil {
 		return err
 	}
 	if r.options.tier != "netstack" {

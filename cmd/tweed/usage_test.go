@@ -54,6 +54,16 @@ func TestWrongUsageExits2AndSaysWhatToType(t *testing.T) {
 		{"etcd --cafile ca.pem", `--cafile "ca.pem"`},
 		{"etcd --log-level loud", `--log-level "loud"`},
 		{"etcd --ready-fd 0", "--ready-fd 0: expected a descriptor open for writing"},
+		{"attach --pid -5", "--pid -5: expected a positive number"},
+		{"attach", "expected exactly one of --pid and --netns"},
+		{"attach --pid 1 --tier foo", `--tier "foo": expected auto, tun or veth`},
+		{"attach --pid 0", "--pid 0: expected a positive number"},
+		{"attach --pid 1 --ready-fd -3", "--ready-fd -3: expected the number of an open descriptor"},
+		{"run --address 10.0.0 -- true", `--address "10.0.0": expected an IPv4 address`},
+		{"proxy --socks5 1080", `--socks5: address "1080": expected HOST:PORT`},
+		{"proxy --http 127.0.0.1:99999", `--http: address "127.0.0.1:99999": expected HOST:PORT, with a port from 0 (any) to 65535`},
+		{"proxy -R 80:80:80:80", `--remote "80:80:80:80": expected PORT:HOST:HOSTPORT`},
+		{"demo ssh n1 --backend host-gw", `--backend "host-gw": expected udp or vxlan`},
 		{"completion tcsh", `unknown command "tcsh"`},
 	} {
 		t.Run(c.args, func(t *testing.T) {
