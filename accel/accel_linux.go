@@ -64,11 +64,12 @@ type Accelerator struct {
 	peers  []table.Peer
 	mirror mirror
 	hops   hops
-	// unwatch ends the subscription to the kernel's neighbours; nil without one.
-	unwatch func()
-	duty    engine.Duty
-	holds   []string
-	config  accelConfig // as last written
+	// watching is closed to end the subscription to the kernel's neighbours; nil
+	// without one.
+	watching chan struct{}
+	duty     engine.Duty
+	holds    []string
+	config   accelConfig // as last written
 	// watched is the observation that runs, nil without one, and snap what it wants.
 	watched *observation
 	snap    uint32
@@ -155,9 +156,9 @@ func (a *Accelerator) Close() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.unobserve()
-	if a.unwatch != nil {
-		a.unwatch()
-		a.unwatch = nil
+	if a.watching != nil {
+		close(a.watching)
+		a.watching = nil
 	}
 	var errs []error
 	for _, l := range a.links {
@@ -215,12 +216,13 @@ func (a *Accelerator) enter(want map[netip.Prefix]accelPeer) {
 	}
 }
 
-// Refresh looks again at the ways to all peers.
+// Refresh looks again at the ways to all peers, from a thread in the network
+// namespace of New.
 func (a *Accelerator) Refresh() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.hops.doubted = false
-	if a.unwatch == nil {
+	if a.watching == nil {
 		a.watchNeighbours()
 	}
 	want := a.entries(a.peers)

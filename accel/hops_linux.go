@@ -126,7 +126,7 @@ func (a *Accelerator) Doubt() {
 // learnNeighbours asks the kernel for what it knows. What changes later comes by
 // watchNeighbours, without which nothing is learnt.
 func (a *Accelerator) learnNeighbours() {
-	if a.unwatch == nil || a.hops.doubted {
+	if a.watching == nil || a.hops.doubted {
 		return
 	}
 	a.hops.added = false
@@ -139,7 +139,7 @@ func (a *Accelerator) learnNeighbours() {
 	}
 }
 
-// watchNeighbours follows the kernel's neighbour table until unwatch, in the
+// watchNeighbours follows the kernel's neighbour table until a.watching is closed, in the
 // network namespace of the calling thread.
 func (a *Accelerator) watchNeighbours() {
 	updates, done := make(chan netlink.NeighUpdate, 64), make(chan struct{})
@@ -147,7 +147,7 @@ func (a *Accelerator) watchNeighbours() {
 		close(done)
 		return // then the kernel looks for each packet
 	}
-	a.unwatch = func() { close(done) }
+	a.watching = done
 	go func() {
 		for u := range updates {
 			a.neighbour(u)
@@ -171,15 +171,15 @@ func (a *Accelerator) neighbour(u netlink.NeighUpdate) {
 	}
 }
 
-// missedNeighbours is called at the end of a subscription: by unwatch, or because
+// missedNeighbours is called at the end of a subscription: by Close, or because
 // changes came faster than they were read. Refresh makes a new one.
 func (a *Accelerator) missedNeighbours(done chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.unwatch == nil {
+	if a.watching != done {
 		return
 	}
 	close(done)
-	a.unwatch = nil
+	a.watching = nil
 	a.hops.forget()
 }
