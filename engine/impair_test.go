@@ -144,3 +144,22 @@ func TestMoreThanASlowLinkHoldsIsLost(t *testing.T) {
 		t.Errorf("ledger %+v", s.Tx)
 	}
 }
+
+// A program's port that is awake rings for nothing, so a worker whose packets were
+// all lost must look again before it waits.
+func TestAWorkerThatLosesAllItReadsLooksAgain(t *testing.T) {
+	h := newHarness(t)
+	h.shared = true
+	a := h.attach("a", inside(-1, 20))
+	h.tx.source = h.e.ports
+	if err := impairWorker(h.tx, impair.Spec{Loss: 1}, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.e.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(20) {
+		a.write(t, plain(a.packet(to(vxlanPeer, udp(100)))))
+		eventually(t, "the packet is read", func() bool { return h.e.Stats().Tx.Drops[TxImpaired] == i+1 })
+	}
+}

@@ -91,6 +91,9 @@ func (p *pair) transmit() error {
 			c.round(p.tx.batch.Flooded())
 			continue
 		}
+		if i := p.tx.impaired; i != nil && i.more {
+			continue // it kept all that there was, and its ports are not asleep
+		}
 		patience := p.patience(p.tx.batch.Grown())
 		if p.quiet >= quietRounds {
 			p.holder.Store(offered)
