@@ -75,6 +75,8 @@ type attachments struct {
 	// problem is why the state file is not up to date.
 	problem string
 	closed  bool
+	// memoryLimit is how much memory there is, in bytes.
+	memoryLimit func() uint64
 }
 
 // attachment is one container, or one program with a network stack of its own.
@@ -96,7 +98,8 @@ type attachment struct {
 }
 
 func newAttachments(dir string, log *slog.Logger) *attachments {
-	a := &attachments{log: log, path: filepath.Join(dir, attachmentsFile), all: map[string]*attachment{}, kick: make(chan struct{}, 1)}
+	a := &attachments{log: log, path: filepath.Join(dir, attachmentsFile), all: map[string]*attachment{}, kick: make(chan struct{}, 1),
+		memoryLimit: func() uint64 { return memoryLimit("/") }}
 	a.ctx, a.end = context.WithCancel(context.Background())
 	a.restore()
 	a.running.Go(a.run)

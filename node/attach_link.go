@@ -173,6 +173,10 @@ func (a *attachments) connectProgram(t *attachment, super bool) (*attach.Made, e
 	if err != nil || !t.sharedMemory {
 		return made, err
 	}
+	if err := a.roomForRing(); err != nil {
+		a.log.Warn("no shared memory; packets take the socket", "name", t.Name, "err", err)
+		return made, nil
+	}
 	ring, memory, err := tun.NewRing()
 	if err == nil {
 		// One message, of one byte, with the descriptor.

@@ -15,6 +15,9 @@ import (
 // of every protocol that anything is looked at of.
 const headersLen = 128
 
+// RingSize is how many bytes of memory a Ring takes when all of it has been used.
+const RingSize = ring.Size
+
 // Ring is memory that carries packets to and from a program, the engine's side.
 type Ring struct {
 	memory *ring.Memory
