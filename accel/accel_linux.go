@@ -19,6 +19,9 @@ import (
 	"tweed/engine/table"
 )
 
+// netlinkTimeout is how long the kernel's answer to one question is waited for.
+const netlinkTimeout = 5 * time.Second
+
 // ErrUnsupported is wrapped by the errors of a kernel that is too old or lacks BPF.
 var ErrUnsupported = errors.New("not supported by this kernel")
 
@@ -117,6 +120,9 @@ func (a *Accelerator) open() error {
 	}
 	var err error
 	if a.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("netlink: %w", err)
+	}
+	if err := a.nl.SetSocketTimeout(netlinkTimeout); err != nil {
 		return fmt.Errorf("netlink: %w", err)
 	}
 	a.lost = a.backlogDrops()

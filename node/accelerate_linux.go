@@ -74,7 +74,7 @@ func (r *runner) tryAccelerator() error {
 	case r.link == nil:
 		return fmt.Errorf("no TUN device of the host's own")
 	}
-	host, err := r.acceleratorHost()
+	host, underlay, err := r.acceleratorHost()
 	if err != nil {
 		return err
 	}
@@ -96,7 +96,7 @@ func (r *runner) tryAccelerator() error {
 	if err != nil {
 		return err
 	}
-	a.Hold(r.accelHolds())
+	a.Hold(r.accelHolds(underlay))
 	r.acc = accelerator{Accelerator: a, host: host}
 	r.eng.SetBypass(a)
 	return nil
@@ -125,12 +125,13 @@ func (r *runner) checkAccelerator(waysAsked bool) {
 	if r.acc.Accelerator == nil {
 		return
 	}
-	if host, err := r.acceleratorHost(); err != nil || host != r.acc.host {
+	host, underlay, err := r.acceleratorHost()
+	if err != nil || host != r.acc.host {
 		r.closeAccelerator()
 		r.openAccelerator()
 		return
 	}
-	r.acc.Hold(r.accelHolds())
+	r.acc.Hold(r.accelHolds(underlay))
 	if waysAsked {
 		r.acc.Refresh()
 	}
@@ -150,7 +151,8 @@ func (r *runner) holdAccelerator() {
 
 func (r *runner) lookAtHolds() {
 	if r.acc.Accelerator != nil {
-		r.acc.Hold(r.accelHolds())
+		underlay, _ := r.nl.LinkByIndex(r.u.index)
+		r.acc.Hold(r.accelHolds(underlay))
 		r.acc.heldAt = time.Now()
 	}
 }
@@ -158,22 +160,23 @@ func (r *runner) lookAtHolds() {
 // errNoHost says that there is nothing to attach to at present.
 var errNoHost = errors.New("no interface for it")
 
-// acceleratorHost looks at the underlay interface.
-func (r *runner) acceleratorHost() (acceleratorHost, error) {
+// acceleratorHost looks at the underlay interface, which it also returns.
+func (r *runner) acceleratorHost() (acceleratorHost, netlink.Link, error) {
 	l, err := r.nl.LinkByIndex(r.u.index)
 	if err != nil {
-		return acceleratorHost{}, fmt.Errorf("%w: underlay %s is gone", errNoHost, r.u.name)
+		return acceleratorHost{}, nil, fmt.Errorf("%w: underlay %s is gone", errNoHost, r.u.name)
 	}
 	if kind := l.Attrs().EncapType; kind != "ether" {
-		return acceleratorHost{}, fmt.Errorf("%w: underlay %s is not an Ethernet interface but %s", errNoHost, r.u.name, kind)
+		return acceleratorHost{}, nil, fmt.Errorf("%w: underlay %s is not an Ethernet interface but %s", errNoHost, r.u.name, kind)
 	}
 	host := acceleratorHost{underlay: r.u.index, addr: bindAddr(r.u, r.host), whole: carriesWhole(l)}
 	copy(host.source[:], l.Attrs().HardwareAddr)
-	return host, nil
+	return host, l, nil
 }
 
-// accelHolds lists why nothing may be carried past the workers at present.
-func (r *runner) accelHolds() []string {
+// accelHolds lists why nothing may be carried past the workers at present. The
+// underlay is as the kernel sees it now, nil if that is not known.
+func (r *runner) accelHolds(underlay netlink.Link) []string {
 	var holds []string
 	if l, err := r.link.get(); err == nil {
 		if l.Attrs().Promisc > 0 {
@@ -186,12 +189,13 @@ func (r *runner) accelHolds() []string {
 	}
 	// Of what the underlay does not take a socket says so, or makes fragments; the
 	// programs would not hear of it.
-	if l, err := r.nl.LinkByIndex(r.u.index); err == nil {
-		if isDown(l.Attrs()) {
+	if underlay != nil {
+		a := underlay.Attrs()
+		if isDown(a) {
 			holds = append(holds, fmt.Sprintf("underlay %s is down", r.u.name))
 		}
-		if known := r.path.links[r.u.index]; l.Attrs().MTU < known {
-			holds = append(holds, fmt.Sprintf("the MTU of underlay %s went from %d to %d", r.u.name, known, l.Attrs().MTU))
+		if known := r.path.links[r.u.index]; a.MTU < known {
+			holds = append(holds, fmt.Sprintf("the MTU of underlay %s went from %d to %d", r.u.name, known, a.MTU))
 		}
 	}
 	// The programs send behind the place where the kernel encrypts.

@@ -327,7 +327,7 @@ func TestAcceleratorWaitsForASmallerMTU(t *testing.T) {
 	r.u.name, r.u.index = netns.LANInterface, lan.Attrs().Index
 	check := func(when, want string) {
 		t.Helper()
-		if holds := strings.Join(r.accelHolds(), "; "); holds != want {
+		if holds := strings.Join(r.accelHolds(mustLink(t, nl, netns.LANInterface)), "; "); holds != want {
 			t.Errorf("%s: %q, want %q", when, holds, want)
 		}
 	}

@@ -37,6 +37,8 @@ const (
 	// reconcileInterval is how often everything is compared with what it shall
 	// be, without any hint that it changed.
 	reconcileInterval = 10 * time.Second
+	// netlinkTimeout is how long the kernel's answer to one question is waited for.
+	netlinkTimeout = 5 * time.Second
 	// repairRetry is the time between attempts to make the data plane again.
 	repairRetry = 500 * time.Millisecond
 	// reconcileShare is the inverse of the part of the time spent on comparing
@@ -174,6 +176,10 @@ func (r *runner) prepare() error {
 		return fmt.Errorf("netlink: %w", err)
 	}
 	r.undo(r.nl.Close)
+	// An answer that never comes must not stop everything else here for good.
+	if err := r.nl.SetSocketTimeout(netlinkTimeout); err != nil {
+		return fmt.Errorf("netlink: %w", err)
+	}
 	if r.host, err = readHostNet(r.nl); err != nil {
 		return err
 	}
