@@ -150,14 +150,15 @@ func (a *Accelerator) watchNeighbours() {
 	a.watching = done
 	go func() {
 		for u := range updates {
-			a.neighbour(u)
+			a.neighbour(done, u)
 		}
 		a.missedNeighbours(done)
 	}()
 }
 
-// neighbour takes a change of the kernel's table.
-func (a *Accelerator) neighbour(u netlink.NeighUpdate) {
+// neighbour takes a change of the kernel's table from the subscription that ends
+// with done. What an earlier one had still to say is older than what is known.
+func (a *Accelerator) neighbour(done chan struct{}, u netlink.NeighUpdate) {
 	if u.LinkIndex != a.cfg.Underlay || u.Family != unix.AF_INET {
 		return
 	}
@@ -166,7 +167,7 @@ func (a *Accelerator) neighbour(u netlink.NeighUpdate) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.hops.doubted {
+	if a.watching == done && !a.hops.doubted {
 		a.hops.learn(&u.Neigh)
 	}
 }

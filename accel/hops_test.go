@@ -93,7 +93,7 @@ func TestFramesGoToTheFirstHop(t *testing.T) {
 		}
 	}
 	b.setNeighbour(gateway, first)
-	b.a.neighbour(b.news(b.a.cfg.Underlay, gateway, first))
+	b.a.neighbour(b.a.watching, b.news(b.a.cfg.Underlay, gateway, first))
 	b.a.mu.Lock()
 	b.a.hops.added = true // as with a new peer
 	b.a.mu.Unlock()
@@ -142,20 +142,20 @@ func TestOnlyNeighboursOnTheUnderlayCount(t *testing.T) {
 	b.a.mu.Lock()
 	word := b.a.hops.word(b.a.hops.of(gateway))
 	b.a.mu.Unlock()
-	b.a.neighbour(b.news(b.a.cfg.TUN, gateway, other))
+	b.a.neighbour(b.a.watching, b.news(b.a.cfg.TUN, gateway, other))
 	if got := word.Load(); got != 0 {
 		t.Errorf("learnt %#x from another interface", got)
 	}
-	b.a.neighbour(b.news(b.a.cfg.Underlay, gateway, mac))
+	b.a.neighbour(b.a.watching, b.news(b.a.cfg.Underlay, gateway, mac))
 	want := word.Load()
 	gone := b.news(b.a.cfg.TUN, gateway, mac)
 	gone.Type = unix.RTM_DELNEIGH
-	b.a.neighbour(gone)
+	b.a.neighbour(b.a.watching, gone)
 	if got := word.Load(); got != want || got == 0 {
 		t.Errorf("%#x became %#x when another interface lost its neighbour", want, got)
 	}
 	gone.LinkIndex = b.a.cfg.Underlay
-	b.a.neighbour(gone)
+	b.a.neighbour(b.a.watching, gone)
 	if got := word.Load(); got != 0 {
 		t.Errorf("%#x is left of a neighbour that is gone", got)
 	}
@@ -196,6 +196,8 @@ func TestMissedNewsOfNeighboursIsNotMissed(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.assertGoes("asked again", second)
+	b.a.neighbour(watching, b.news(b.a.cfg.Underlay, gateway, first))
+	b.assertGoes("what the old subscription says late is no news", second)
 	b.setNeighbour(gateway, first)
 	b.assertGoes("followed again", first)
 }
