@@ -168,6 +168,22 @@ func TestInterruptedDemo(t *testing.T) {
 	}
 }
 
+// TestDemoKilledBeforeItIsKeptIsRemoved: nothing ends with it, but it is found.
+func TestDemoKilledBeforeItIsKeptIsRemoved(t *testing.T) {
+	d := newDemoWorld(t)
+	cmd := exec.Command(tweedBin, d.args("--keep", "--backend", "udp")...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	d.await("the first node runs", func() bool { return len(d.processes()) >= 3 })
+	cmd.Process.Kill()
+	cmd.Wait()
+	if status, out, errs := run(t, tweedBin, d.args("down")...); status != 0 || !strings.Contains(out, "removed") {
+		t.Errorf("down: exit status %d, %s%s", status, out, errs)
+	}
+	d.assertNothingLeft()
+}
+
 func (d *demoWorld) await(what string, holds func() bool) {
 	d.t.Helper()
 	deadline := time.Now().Add(patience)

@@ -22,6 +22,8 @@ const (
 	demoPrefix = "demo-"
 	demoLock   = "lock"
 	demoRecord = "demo.json"
+	// demoBuilding is the record of a demo that will be kept, until it is complete.
+	demoBuilding = "building.json"
 )
 
 // demoDir is the folder of one demo, locked.
@@ -36,6 +38,8 @@ type record struct {
 	// Processes in the order in which they are stopped.
 	Processes []kept     `json:"processes"`
 	Nodes     []keptNode `json:"nodes"`
+	// Builder is the demo itself, in the record of one that is being built.
+	Builder kept `json:"builder,omitzero"`
 	// Impaired says that the nodes lose or delay packets on purpose.
 	Impaired bool `json:"impaired"`
 }
@@ -169,7 +173,11 @@ func sweepDemos(base string) (running []string, err error) {
 			continue
 		}
 		path := filepath.Join(base, e.Name())
-		if demoRuns(path) {
+		if r, ok := abandoned(path); ok {
+			if _, err := r.stop(); err != nil {
+				return nil, err
+			}
+		} else if demoRuns(path) {
 			running = append(running, path)
 			continue
 		}
@@ -196,33 +204,53 @@ func demoRuns(path string) bool {
 	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil
 }
 
+// abandoned returns the record of a demo that was killed before it could be kept:
+// nobody else ends what it had started.
+func abandoned(path string) (record, bool) {
+	r, err := readRecordFile(filepath.Join(path, demoBuilding))
+	return r, err == nil && !r.Builder.runs()
+}
+
 // recordSchema is the version of record.
 const recordSchema = 2
 
-func (d *demoDir) writeRecord(r record) error { return r.write(d.path) }
+// writeRecord writes the record of a demo that is complete.
+func (d *demoDir) writeRecord(r record) error {
+	if err := r.write(d.path); err != nil {
+		return err
+	}
+	err := os.Remove(filepath.Join(d.path, demoBuilding))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
 
 // write replaces the record of the demo at path.
-func (r record) write(path string) error {
+func (r record) write(path string) error { return r.writeFile(filepath.Join(path, demoRecord)) }
+
+func (r record) writeFile(file string) error {
 	r.Schema = recordSchema
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
 	}
-	file := filepath.Join(path, demoRecord)
 	if err := os.WriteFile(file+".new", append(b, '\n'), 0o600); err != nil {
 		return err
 	}
 	return os.Rename(file+".new", file)
 }
 
-func readRecord(path string) (record, error) {
+func readRecord(path string) (record, error) { return readRecordFile(filepath.Join(path, demoRecord)) }
+
+func readRecordFile(file string) (record, error) {
 	var r record
-	b, err := os.ReadFile(filepath.Join(path, demoRecord))
+	b, err := os.ReadFile(file)
 	if err != nil {
 		return r, err
 	}
 	if err := json.Unmarshal(b, &r); err != nil || r.Schema != recordSchema {
-		return r, fmt.Errorf("%s: not the record of a demo of this version", filepath.Join(path, demoRecord))
+		return r, fmt.Errorf("%s: not the record of a demo of this version", file)
 	}
 	return r, nil
 }
@@ -263,7 +291,11 @@ func demoDown(_ context.Context, base string, w io.Writer) error {
 	for _, path := range entries {
 		r, err := readRecord(path)
 		if errors.Is(err, os.ErrNotExist) {
-			continue // no record: not kept; swept below if left over
+			var ok bool
+			if r, ok = abandoned(path); !ok {
+				continue // no record: not kept; swept below if left over
+			}
+			err = nil
 		}
 		if err != nil {
 			return err

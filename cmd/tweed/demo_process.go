@@ -90,7 +90,47 @@ func (d *demo) start(where *netns.Namespace, name string, forever bool, files []
 		}()
 	}
 	d.processes = append(d.processes, p)
+	if d.o.keep {
+		return p, d.note()
+	}
 	return p, nil
+}
+
+// note writes down what runs so far, for the case that the demo is killed before
+// it is complete.
+func (d *demo) note() error {
+	var r record
+	var err error
+	if r.Processes, err = d.running(); err != nil {
+		return err
+	}
+	r.Builder.Name, r.Builder.PID = "demo", os.Getpid()
+	if r.Builder.Start, err = startTime(r.Builder.PID); err != nil {
+		return err
+	}
+	return r.writeFile(filepath.Join(d.dir.path, demoBuilding))
+}
+
+// running are the processes that have not ended, in the order in which they are
+// stopped.
+func (d *demo) running() (list []kept, err error) {
+	for i := len(d.processes) - 1; i >= 0; i-- {
+		p := d.processes[i]
+		select {
+		case <-p.ended:
+			continue
+		default:
+		}
+		k, err := keep(p)
+		if errors.Is(err, unix.ESRCH) || errors.Is(err, os.ErrNotExist) {
+			continue // it has just ended
+		}
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, k)
+	}
+	return list, nil
 }
 
 // demoEnvironment leaves out what would configure a child behind our back.

@@ -360,18 +360,9 @@ func (d *demo) record(overlays []*overlay) error {
 			r.Nodes = append(r.Nodes, k)
 		}
 	}
-	for i := len(d.processes) - 1; i >= 0; i-- {
-		p := d.processes[i]
-		select {
-		case <-p.ended:
-			continue
-		default:
-		}
-		k, err := keep(p)
-		if err != nil {
-			return err
-		}
-		r.Processes = append(r.Processes, k)
+	var err error
+	if r.Processes, err = d.running(); err != nil {
+		return err
 	}
 	return d.dir.writeRecord(r)
 }
