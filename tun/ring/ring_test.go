@@ -207,6 +207,39 @@ func TestNobodySleepsThroughAPacket(t *testing.T) {
 	}
 }
 
+// TestLaneHoldsAsManyPacketsAsItHasSlots, and not one more over the first.
+func TestLaneHoldsAsManyPacketsAsItHasSlots(t *testing.T) {
+	out, in := pair(t, Program)
+	for i := range Slots {
+		if sent, _ := send(out, pattern(i, 64)); !sent {
+			t.Fatalf("no room for packet %d", i)
+		}
+	}
+	if sent, _ := send(out, pattern(Slots, 64)); sent {
+		t.Error("there is no slot for one more")
+	}
+	for want := range Slots {
+		b, ok, err := in.Next()
+		if i, whole := isPattern(b); err != nil || !ok || !whole || i != want {
+			t.Fatalf("packet %d instead of %d: there %v, whole %v, error %v", i, want, ok, whole, err)
+		}
+	}
+}
+
+// TestOldRestartIsForgotten: numbers come round, and one that marked a packet at the
+// first block must not mean another one later.
+func TestOldRestartIsForgotten(t *testing.T) {
+	out, _ := pair(t, Program)
+	const taken = 7
+	_, next, ok := out.place(reserved(taken+50, 40, taken+100), taken, 30, 1)
+	if !ok {
+		t.Fatal("no room")
+	}
+	if _, _, restart := next.fields(); (restart-taken)&numbers <= Slots {
+		t.Errorf("packet %d, which will be taken soon, counts as the one at block 0", restart)
+	}
+}
+
 // TestNonsenseStaysInBounds writes anything to all that the other side can write
 // to. Nothing may be read or written outside of the lane.
 func TestNonsenseStaysInBounds(t *testing.T) {
