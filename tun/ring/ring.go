@@ -182,7 +182,7 @@ func (p *Producer) Commit(s Slot) (wake bool) {
 	to := &p.slots[s.number%Slots]
 	to.length.Store(uint32(len(s.Bytes)))
 	to.at.Store(s.block)
-	to.seq.Store((s.number + 1) & numbers)
+	to.seq.Swap((s.number + 1) & numbers) // not Store: see Sleep
 	return p.asleep.Load() != 0 && p.asleep.Swap(0) != 0
 }
 
@@ -221,8 +221,13 @@ func (c *Consumer) Release() { c.consumed.Store(pack(c.number, c.block)) }
 
 // Sleep announces that the consumer will wait until it is woken. It reports false
 // when there is a packet already, and then nothing is announced.
+//
+// A wake-up is lost unless each side's write comes before its read of what the other
+// side writes. Store promises that, but under the race detector it does not keep
+// the promise for mapped memory (the C library of the detector makes it a plain
+// store); Swap does, and costs the same.
 func (c *Consumer) Sleep() bool {
-	c.asleep.Store(1)
+	c.asleep.Swap(1)
 	if c.ready() {
 		c.asleep.Store(0)
 		return false

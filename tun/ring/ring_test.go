@@ -6,11 +6,16 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 )
+
+// patience bounds what is waited for.
+const patience = time.Minute
 
 // pair are both ends of one lane, each with a mapping of its own as in two
 // processes.
@@ -168,25 +173,34 @@ func TestProducersDoNotMixTheirPackets(t *testing.T) {
 }
 
 // TestNobodySleepsThroughAPacket passes single packets to a consumer that goes to
-// sleep each time; it would hang if a wake-up got lost.
+// sleep each time, and commits them while it does; a wake-up that is lost is missed.
 func TestNobodySleepsThroughAPacket(t *testing.T) {
 	out, in := pair(t, Engine)
 	bell := make(chan struct{}, 1)
-	const packets = 20000
+	var drowsy atomic.Int64 // the packet that the consumer is about to sleep for, and one
+	const packets = 100000
 	go func() {
 		for i := range packets {
-			for {
-				sent, wake := send(out, pattern(i, 64))
-				if wake {
-					bell <- struct{}{}
+			s, ok := out.Reserve(64)
+			if !ok {
+				t.Error("an empty lane has no room")
+				return
+			}
+			copy(s.Bytes, pattern(i, 64))
+			for tries := 0; drowsy.Load() <= int64(i); tries++ {
+				if tries > 10000 {
+					runtime.Gosched()
 				}
-				if sent {
-					break
-				}
-				runtime.Gosched()
+			}
+			if out.Commit(s) {
+				bell <- struct{}{}
 			}
 		}
 	}()
+	r := rand.New(rand.NewPCG(5, 6))
+	spun := 0
+	defer func() { runtime.KeepAlive(spun) }()
+	lost := time.NewTimer(patience)
 	for got := 0; got < packets; {
 		b, ok, err := in.Next()
 		if err != nil {
@@ -200,8 +214,17 @@ func TestNobodySleepsThroughAPacket(t *testing.T) {
 			in.Release()
 			continue
 		}
+		drowsy.Store(int64(got + 1))
+		for i := range r.IntN(1500) { // until the other side does its work
+			spun ^= i
+		}
 		if in.Sleep() {
-			<-bell
+			lost.Reset(patience)
+			select {
+			case <-bell:
+			case <-lost.C:
+				t.Fatalf("nobody wakes the consumer; packet %d there: %v", got, in.ready())
+			}
 			in.Awake()
 		}
 	}
