@@ -30,7 +30,8 @@ func TestSharedMemoryOfProgramsIsBounded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		at.made, a.all[name] = made, at
+		at.made = made
+		hold(a, at)
 		return at.status().SharedMemory
 	}
 	if !connect("a") || !connect("b") {
@@ -39,7 +40,10 @@ func TestSharedMemoryOfProgramsIsBounded(t *testing.T) {
 	if connect("c") {
 		t.Error("c has shared memory")
 	}
-	a.remove(a.all["a"])
+	a.mu.Lock()
+	first := a.all["a"]
+	a.mu.Unlock()
+	a.remove(first)
 	if !connect("d") {
 		t.Error("d has no shared memory")
 	}

@@ -21,10 +21,10 @@ func testAttachments(t *testing.T) *attachments {
 }
 
 // hold puts an attachment into the list, which run reads beside the test.
-func hold(a *attachments, s savedAttachment) {
+func hold(a *attachments, t *attachment) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.all[s.Name] = &attachment{savedAttachment: s}
+	a.all[t.Name] = t
 }
 
 // letGo takes it out again.
@@ -43,7 +43,7 @@ func TestAddressesAreGivenInTurnAndRestWhenReleased(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		hold(a, savedAttachment{Name: name, Addr: ip})
+		hold(a, &attachment{savedAttachment: savedAttachment{Name: name, Addr: ip}})
 		return ip
 	}
 	for i, want := range []string{"10.1.2.2", "10.1.2.3", "10.1.2.4"} {
@@ -65,7 +65,7 @@ func TestAddressesAreGivenInTurnAndRestWhenReleased(t *testing.T) {
 func TestAnAddressAskedForMustBeFreeAndOurs(t *testing.T) {
 	a := testAttachments(t)
 	subnet := netip.MustParsePrefix("10.1.2.0/24")
-	hold(a, savedAttachment{Name: "x", Addr: netip.MustParseAddr("10.1.2.9")})
+	hold(a, &attachment{savedAttachment: savedAttachment{Name: "x", Addr: netip.MustParseAddr("10.1.2.9")}})
 	for _, c := range []struct {
 		addr string
 		want error
@@ -106,8 +106,8 @@ func TestAttachmentsAreReadBackAndDamageIsReported(t *testing.T) {
 	dir := t.TempDir()
 	a := newAttachments(dir, log)
 	web := savedAttachment{Name: "web", Addr: netip.MustParseAddr("10.1.2.3"), IfName: "eth1", Tier: attach.TierVeth, PID: 4711, Start: 12, Netns: 34}
-	hold(a, web)
-	hold(a, savedAttachment{Name: "proxy", Addr: netip.MustParseAddr("10.1.2.4"), Socket: "/s"})
+	hold(a, &attachment{savedAttachment: web})
+	hold(a, &attachment{savedAttachment: savedAttachment{Name: "proxy", Addr: netip.MustParseAddr("10.1.2.4"), Socket: "/s"}})
 	a.save()
 	a.close()
 
