@@ -117,7 +117,7 @@ func (r *runner) closeAccelerator() {
 }
 
 // checkAccelerator tells the accelerator what has changed on the host; waysAsked
-// says that the ways to the peers are among it.
+// says that the ways to the peers are among it, and that changes of them are heard of.
 func (r *runner) checkAccelerator(waysAsked bool) {
 	if r.acc.waits {
 		r.openAccelerator()

@@ -33,7 +33,8 @@ func (r *runner) reconcile() (again bool) {
 	}
 	r.netChanged = false
 	r.note(&r.linkProblem, "device not configured, trying again", r.forward())
-	r.checkAccelerator(!again)
+	// Without news of routes, the kernel goes on to find the ways.
+	r.checkAccelerator(!again && !r.watch.broken.Load())
 	if r.cfg.BlackholeRoute {
 		r.setBlackhole()
 	}
