@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -140,8 +141,8 @@ func TestKeptDemo(t *testing.T) {
 	}
 }
 
-// TestInterruptedDemo: Ctrl-C removes everything; kill -9 takes the processes
-// along, and the next demo clears the files away.
+// TestInterruptedDemo: after Ctrl-C nothing is left when it ends, and after kill -9
+// in a moment.
 func TestInterruptedDemo(t *testing.T) {
 	d := newDemoWorld(t)
 	for _, c := range []struct {
@@ -152,36 +153,91 @@ func TestInterruptedDemo(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		d.await("etcd and two nodes run", func() bool { return len(d.processes()) >= 4 })
+		d.await("etcd and two nodes run", func() bool { return d.pidOf("etcd") != 0 && d.pidOf("udp-n1") != 0 && d.pidOf("udp-n2") != 0 })
 		cmd.Process.Signal(c.signal)
 		cmd.Wait()
 		if got := cmd.ProcessState.ExitCode(); got != c.status {
 			t.Errorf("after %s: exit status %d, want %d", c.signal, got, c.status)
 		}
-		if c.signal != unix.SIGKILL {
-			d.assertNothingLeft()
+		if c.signal == unix.SIGKILL {
+			d.awaitNothingLeft()
 		}
-	}
-	d.await("the processes are gone", func() bool { return len(d.processes()) == 0 })
-	if status, out, errs := run(t, tweedBin, d.args("down")...); status != 0 {
-		t.Errorf("down: exit status %d, %s%s", status, out, errs)
+		d.assertNothingLeft()
 	}
 }
 
-// TestDemoKilledBeforeItIsKeptIsRemoved: nothing ends with it, but it is found.
+// awaitNothingLeft waits for the end of the processes and the files.
+func (d *demoWorld) awaitNothingLeft() {
+	d.t.Helper()
+	d.await("processes and files are gone", func() bool {
+		_, err := os.Stat(d.runDir)
+		return os.IsNotExist(err) && d.processes() == nil
+	})
+}
+
+// TestKilledDemoLeavesNothing: kill -9 of an ordinary user's demo, that is of both
+// processes of it, or of the inner one alone.
+func TestKilledDemoLeavesNothing(t *testing.T) {
+	needTool(t, "setpriv")
+	for _, name := range []string{"both", "the inner one"} {
+		t.Run(name, func(t *testing.T) {
+			d := newDemoWorld(t)
+			d.runDir = filepath.Join(filepath.Dir(d.runDir), "home", "run")
+			forOrdinaryUser(t, filepath.Dir(d.runDir))
+			argv := append(asOrdinaryUser(), append([]string{tweedBin}, d.args("--backend", "udp", "--tier", "veth")...)...)
+			cmd := exec.Command(argv[0], argv[1:]...)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			var inner int
+			d.await("a node runs", func() bool { inner = parentOf(d.pidOf("udp-n1")); return inner != 0 })
+			if name == "both" && inner != cmd.Process.Pid {
+				cmd.Process.Kill()
+			}
+			if err := syscall.Kill(inner, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				t.Fatal(err)
+			}
+			cmd.Wait()
+			d.awaitNothingLeft()
+		})
+	}
+}
+
+// parentOf is the parent of a process, 0 if it is gone.
+func parentOf(pid int) (ppid int) {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	for line := range strings.Lines(string(b)) {
+		fmt.Sscanf(line, "PPid: %d", &ppid)
+	}
+	return ppid
+}
+
+// TestDemoKilledBeforeItIsKeptIsRemoved: its processes do not end with it, but are
+// ended; and if what does that was killed as well, the next demo finds them.
 func TestDemoKilledBeforeItIsKeptIsRemoved(t *testing.T) {
-	d := newDemoWorld(t)
-	cmd := exec.Command(tweedBin, d.args("--keep", "--backend", "udp")...)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
+	for _, sweeper := range []bool{true, false} {
+		d := newDemoWorld(t)
+		cmd := exec.Command(tweedBin, d.args("--keep", "--backend", "udp")...)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		d.await("the first node runs", func() bool { return d.pidOf("udp-n1") != 0 })
+		if !sweeper {
+			if err := syscall.Kill(d.pidWith("__demo-sweep"), unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cmd.Process.Kill()
+		cmd.Wait()
+		if sweeper {
+			d.awaitNothingLeft()
+			continue
+		}
+		if status, out, errs := run(t, tweedBin, d.args("down")...); status != 0 || !strings.Contains(out, "removed") {
+			t.Errorf("down: exit status %d, %s%s", status, out, errs)
+		}
+		d.assertNothingLeft()
 	}
-	d.await("the first node runs", func() bool { return len(d.processes()) >= 3 })
-	cmd.Process.Kill()
-	cmd.Wait()
-	if status, out, errs := run(t, tweedBin, d.args("down")...); status != 0 || !strings.Contains(out, "removed") {
-		t.Errorf("down: exit status %d, %s%s", status, out, errs)
-	}
-	d.assertNothingLeft()
 }
 
 func (d *demoWorld) await(what string, holds func() bool) {
@@ -218,12 +274,16 @@ func TestFailedDemoShowsTheLog(t *testing.T) {
 	}
 }
 
-// pidOf finds the node with that state directory.
-func (d *demoWorld) pidOf(dir string) int {
+// pidOf finds the node, or etcd, with that directory.
+func (d *demoWorld) pidOf(dir string) int { return d.pidWith("/" + dir + "\x00") }
+
+// pidWith finds the process of the demo with a text in its arguments, 0 if there
+// is none.
+func (d *demoWorld) pidWith(text string) int {
 	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, e := range entries {
 		b, err := os.ReadFile(e)
-		if err != nil || !strings.Contains(string(b), d.runDir) || !strings.Contains(string(b), dir+"\x00") {
+		if err != nil || !strings.Contains(string(b), d.runDir) || !strings.Contains(string(b), text) {
 			continue
 		}
 		pid := 0

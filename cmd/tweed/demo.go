@@ -56,7 +56,7 @@ etcd and a node in each, and pings and transfers across the overlay. It needs
 nothing installed; without root it works in a user namespace, and where
 /dev/net/tun cannot be used each node has a container with a veth pair instead.
 Where user namespaces are forbidden the nodes are part of the program.
-Everything is removed at the end, also after an error or Ctrl-C.
+Everything is removed at the end, also after an error, Ctrl-C or kill -9.
 
 --loss, --reorder and --delay are done by the nodes themselves to every packet they
 send into the overlay. The same --seed treats the same packets alike, and what was

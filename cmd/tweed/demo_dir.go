@@ -16,8 +16,9 @@ import (
 )
 
 // Each demo has a folder of its own below the run directory. Its lock file is
-// locked as long as anything of the demo runs: by the demo, and by its etcd
-// when it is kept. A folder that nobody has locked is left over and removed.
+// locked as long as anything of the demo runs: by the demo and all its processes,
+// or by the etcd of one that is kept. A folder that nobody has locked is left over
+// and removed.
 const (
 	demoPrefix = "demo-"
 	demoLock   = "lock"

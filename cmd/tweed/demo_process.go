@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -75,6 +76,8 @@ func (d *demo) start(where *netns.Namespace, name string, forever bool, files []
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if !d.o.keep {
 		p.cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
+		// Until the last of them has ended, the folder is in use.
+		p.cmd.ExtraFiles = append(slices.Clip(files), d.dir.lock)
 	}
 	if err := d.launcher.Start(where, p.cmd); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)

@@ -29,6 +29,9 @@ const (
 	impairedPings = 20
 	// demoPatience bounds each step; all of them together take some seconds.
 	demoPatience = 30 * time.Second
+	// demoWALSegment is the size of the log files etcd sets space aside for, in
+	// bytes: by itself it takes 64 MB for each of two.
+	demoWALSegment = "1000000"
 	// demoLogLines is how much of a log is shown after a failure.
 	demoLogLines = 15
 )
@@ -84,10 +87,16 @@ func newOverlay(f encap.Framing) *overlay {
 // runDemo shows everything and cleans up. With keep it cleans up only after an
 // error.
 func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) error {
+	sweeper, err := startDemoSweeper(o.runDir)
+	if err != nil {
+		return fmt.Errorf("demo: %w", err)
+	}
+	defer sweeper.dismiss()
 	dir, err := newDemoDir(o.runDir, o.keep)
 	if err != nil {
 		return err
 	}
+	sweeper.follow(dir)
 	d := &demo{o: o, out: printer{stdout}, dir: dir, launcher: netns.NewLauncher()}
 	defer d.launcher.Close()
 	running, fail := context.WithCancelCause(ctx)
@@ -177,7 +186,7 @@ func (d *demo) startEtcd(ctx context.Context) error {
 		}
 	}
 	p, err := d.serve(d.lan.Switch, "etcd", files, "etcd",
-		"--data-dir", filepath.Join(d.dir.path, "etcd"),
+		"--data-dir", filepath.Join(d.dir.path, "etcd"), "--wal-segment-size", demoWALSegment,
 		"--listen-client", fmt.Sprintf("http://%s:2379", d.lan.Gateway), "--ready-fd", "3")
 	w.Close()
 	if err != nil {

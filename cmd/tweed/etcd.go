@@ -11,6 +11,7 @@ import (
 	"os/signal"
 
 	"github.com/spf13/cobra"
+	"go.etcd.io/etcd/server/v3/storage/wal"
 	"golang.org/x/sys/unix"
 )
 
@@ -52,6 +53,8 @@ keeps at most 256 MiB. The endpoint is printed on standard output when it answer
 	fs.StringVar(&o.caFile, "cafile", "", "`file` with the CA that signs client certificates; clients need one then")
 	fs.StringVar(&o.logLevel, "log-level", "error", "lowest `level` of etcd's own log: debug, info, warn or error")
 	fs.IntVar(&readyFD, "ready-fd", -1, "open file descriptor `number` the endpoint is written to when ready")
+	fs.Int64Var(&wal.SegmentSizeBytes, "wal-segment-size", wal.SegmentSizeBytes, "size of etcd's log files in `bytes`")
+	_ = fs.MarkHidden("wal-segment-size") // for data that is thrown away
 	completeWords(cmd, "log-level", "debug", "info", "warn", "error")
 	return cmd
 }

@@ -28,6 +28,8 @@ func main() {
 		os.Exit(attach.HelperMain())
 	case len(os.Args) > 1 && os.Args[1] == runInit:
 		os.Exit(becomeCommand(os.Args[2:]))
+	case len(os.Args) == 3 && os.Args[1] == sweeperArg:
+		os.Exit(sweepAfterDemo(os.Args[2]))
 	case len(os.Args) == 2 && os.Args[1] == holdArg:
 		os.Exit(hold())
 	case len(os.Args) == 2 && os.Args[1] == probeArg:
