@@ -180,9 +180,11 @@ func (r *runner) run(ctx context.Context, tier attach.Tier) error {
 		printAttached(r.stderr, s)
 	}
 	r.signals.to(cmd.Process)
+	guard := startGuard(ctx, r.engine, cmd.Process.Pid, r.path, r.stderr)
 	_, err = gate.Write([]byte{1})
 	gate.Close()
 	werr := cmd.Wait()
+	guard.stop()
 	if err != nil && werr == nil {
 		return fmt.Errorf("run: %w", err)
 	}

@@ -49,9 +49,12 @@ type engineProcess struct {
 	done  chan struct{}
 	used  bool // something was attached
 	pid   int
-	// shared is a pidfd of one that another command started, and that ends when
-	// nothing is attached any more; nil for others.
-	shared *os.File
+	// process is a pidfd of one that was running. shared says that another command
+	// started it, and that it ends when nothing is attached any more.
+	process *os.File
+	shared  bool
+	// args are what it was started with, nil if that is not known.
+	args []string
 }
 
 // findEngine finds this user's engine or starts one.
@@ -84,36 +87,22 @@ func (e *engineProcess) find() error {
 	return e.start()
 }
 
-// share looks whether the engine that was found ends when nobody uses it.
+// share looks which process the engine that was found is, and whether it ends when
+// nobody uses it.
 func (e *engineProcess) share() {
 	s, err := e.api.Status(e.ctx)
-	if err != nil || !s.EndsWhenIdle {
+	if err != nil {
 		return
 	}
 	if fd, err := unix.PidfdOpen(s.PID, 0); err == nil {
-		e.shared, e.pid = os.NewFile(uintptr(fd), "engine"), s.PID
+		e.process, e.pid, e.shared = os.NewFile(uintptr(fd), "engine"), s.PID, s.EndsWhenIdle
+		e.args = argumentsOf(s.PID)
 	}
 }
 
-// ended reports whether the process of a shared engine has ended, waited for by
-// its parent or not.
-func (e *engineProcess) ended() bool {
-	fds := []unix.PollFd{{Fd: int32(e.shared.Fd()), Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, 0)
-	return n > 0 && err == nil
-}
-
-// start starts an engine that ends when nothing is attached any more. Its log
-// goes to a file without a name, to be read when it fails.
+// start starts an engine that ends when nothing is attached any more, and waits
+// until it forwards.
 func (e *engineProcess) start() error {
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	if e.log, err = os.CreateTemp("", "tweed-run-*.log"); err != nil {
-		return err
-	}
-	os.Remove(e.log.Name())
 	args := []string{"up", "--attach-only", "--exit-when-idle"}
 	e.flags.VisitAll(func(f *flag.Flag) {
 		if !e.cmd.Flags().Changed(f.Name) {
@@ -127,21 +116,41 @@ func (e *engineProcess) start() error {
 			args = append(args, "--"+f.Name+"="+v)
 		}
 	})
+	if err := e.launch(args, node.SocketPath(e.cfg)); err != nil {
+		return err
+	}
+	return e.await()
+}
+
+// launch starts an engine. Its log goes to a file without a name, to be read when
+// it fails.
+func (e *engineProcess) launch(args []string, socket string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	log, err := os.CreateTemp("", "tweed-run-*.log")
+	if err != nil {
+		return err
+	}
+	os.Remove(log.Name())
+	e.api, e.args, e.log = node.Dial(socket), args, log
 	e.own = exec.Command(self, args...)
 	e.own.Stdout, e.own.Stderr = e.log, e.log
 	e.own.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := e.own.Start(); err != nil {
+		e.own = nil
+		log.Close()
 		return fmt.Errorf("run: start the engine: %w", err)
 	}
 	e.pid = e.own.Process.Pid
-	done := make(chan struct{})
+	own, done := e.own, make(chan struct{})
 	e.done = done
 	go func() {
-		_ = e.own.Wait()
+		_ = own.Wait()
 		close(done)
 	}()
-	e.api = node.Dial(node.SocketPath(e.cfg))
-	return e.await()
+	return nil
 }
 
 // await waits until the engine forwards.
@@ -199,6 +208,7 @@ func (e *engineProcess) attach(ctx context.Context, r node.AttachRequest) (node.
 		if err == nil || try == attachTries || node.Answers(e.api.Path()) {
 			return s, err
 		}
+		e.let()
 		if err := e.find(); err != nil {
 			return node.AttachmentStatus{}, err
 		}
@@ -211,7 +221,7 @@ func (e *engineProcess) close() {
 		return
 	}
 	defer e.api.Close()
-	if e.own == nil && (e.shared == nil || !e.used) {
+	if e.own == nil && (!e.shared || !e.used) {
 		return
 	}
 	if e.own != nil {
