@@ -213,23 +213,31 @@ func parentOf(pid int) (ppid int) {
 }
 
 // TestDemoKilledBeforeItIsKeptIsRemoved: its processes do not end with it, but are
-// ended; and if what does that was killed as well, the next demo finds them.
+// ended, those too that have just been started; and if what does that was killed as
+// well, down finds them.
 func TestDemoKilledBeforeItIsKeptIsRemoved(t *testing.T) {
-	for _, sweeper := range []bool{true, false} {
+	for _, c := range []struct {
+		newest  string
+		sweeper bool
+	}{{"etcd", true}, {"udp-n1", true}, {"udp-n2", true}, {"etcd", false}, {"udp-n1", false}} {
 		d := newDemoWorld(t)
 		cmd := exec.Command(tweedBin, d.args("--keep", "--backend", "udp")...)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		d.await("the first node runs", func() bool { return d.pidOf("udp-n1") != 0 })
-		if !sweeper {
-			if err := syscall.Kill(d.pidWith("__demo-sweep"), unix.SIGKILL); err != nil {
+		d.await(c.newest+" runs", func() bool { return d.pidOf(c.newest) != 0 })
+		if !c.sweeper {
+			sweeper := d.pidWith("__demo-sweep")
+			if sweeper == 0 {
+				t.Fatal("no sweeper runs")
+			}
+			if err := syscall.Kill(sweeper, unix.SIGKILL); err != nil {
 				t.Fatal(err)
 			}
 		}
 		cmd.Process.Kill()
 		cmd.Wait()
-		if sweeper {
+		if c.sweeper {
 			d.awaitNothingLeft()
 			continue
 		}

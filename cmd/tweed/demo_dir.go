@@ -209,7 +209,11 @@ func demoRuns(path string) bool {
 // nobody else ends what it had started.
 func abandoned(path string) (record, bool) {
 	r, err := readRecordFile(filepath.Join(path, demoBuilding))
-	return r, err == nil && !r.Builder.runs()
+	if err != nil || r.Builder.runs() {
+		return r, false
+	}
+	r.Processes = append(r.Processes, writers(path)...)
+	return r, true
 }
 
 // recordSchema is the version of record.

@@ -140,6 +140,11 @@ func (d *demo) show(ctx context.Context) ([]*overlay, error) {
 		d.out.block(func(w io.Writer) { fmt.Fprintln(w, "to get it:", v.Fix) })
 	}
 	var err error
+	if d.o.keep {
+		if err := d.note(); err != nil {
+			return nil, err
+		}
+	}
 	if d.lan, err = netns.NewLAN(netns.LANConfig{Nodes: d.o.nodes, MTU: d.o.mtu}); err != nil {
 		return nil, err
 	}

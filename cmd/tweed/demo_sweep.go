@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -120,4 +121,28 @@ func sweepBase(base string) error {
 	_, err = sweepDemos(base)
 	removeDemoBase(base)
 	return err
+}
+
+// writers are the processes whose standard output is a log in the demo's folder: the
+// demo may have been killed after it had started one and before it wrote that down.
+func writers(path string) (list []kept) {
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		path = real
+	}
+	outputs, _ := filepath.Glob("/proc/[0-9]*/fd/1") // the pattern is a good one
+	for _, output := range outputs {
+		file, err := os.Readlink(output)
+		if err != nil || filepath.Dir(file) != path {
+			continue // it has ended, or is somebody else's
+		}
+		var k kept
+		if _, err := fmt.Sscanf(output, "/proc/%d/", &k.PID); err != nil {
+			continue
+		}
+		if k.Start, err = startTime(k.PID); err == nil {
+			k.Name = strings.TrimSuffix(filepath.Base(file), ".log")
+			list = append(list, k)
+		}
+	}
+	return list
 }
